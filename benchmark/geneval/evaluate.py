@@ -1,0 +1,250 @@
+"""A folder of generated images -> detections.jsonl -> results.jsonl and summary.json; a stopped run goes on.
+
+Layout of the images, as the benchmark has it: IMAGES/00042/metadata.jsonl (the prompt's line) and
+IMAGES/00042/samples/0000.png, 0001.png, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from benchmark.geneval.detections import Detections, file_digest, from_record, read_json_lines, to_record
+from benchmark.geneval.scoring import (
+    IMAGES_PER_PROMPT,
+    NUM_PROMPTS,
+    ScoringOptions,
+    Summary,
+    box_colors_needed,
+    judge_image,
+    partial_credit,
+    select_detections,
+    summarize,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated image and what its prompt asks for."""
+
+    filename: str  # below the images' folder, with slashes
+    path: Path
+    metadata: dict[str, Any]
+
+
+Detector = Callable[[Sequence[Sample], Sequence[Image.Image]], list[Detections]]  # samples and their pictures
+Classifier = Callable[[Image.Image, np.ndarray, Sequence[Any], str], list[str]]  # picture, boxes, masks, object name
+
+
+def find_samples(images: Path) -> list[Sample]:
+    """Every image of a folder in the benchmark's layout, in order.
+
+    Raises:
+        ValueError: if there is none, or a prompt's folder has no readable metadata.jsonl.
+    """
+    samples = []
+    folders = [path for path in images.iterdir() if path.is_dir() and path.name.isdigit()] if images.is_dir() else []
+    for folder in sorted(folders, key=lambda path: int(path.name)):
+        metadata = _read_metadata(folder / "metadata.jsonl")
+        pictures = [path for path in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
+        for path in sorted(pictures, key=lambda path: int(path.stem)):
+            samples.append(Sample(path.relative_to(images).as_posix(), path, metadata))
+    if not samples:
+        raise ValueError(f"no image under {images}: expected {images}/00000/samples/0000.png and so on")
+    return samples
+
+
+def detect_all(
+    samples: Sequence[Sample],
+    out: Path,
+    detector: Detector,
+    classifier: Classifier,
+    *,
+    settings: dict[str, Any],
+    options: ScoringOptions | None = None,
+    batch_size: int = 4,
+) -> dict[str, Detections]:
+    """What is in each image, colours included where they decide; everything found is kept in OUT/detections.jsonl.
+
+    An image that is already there, unchanged, is not looked at again.
+
+    Args:
+        samples: the images.
+        out: folder of the results.
+        detector: samples and their pictures -> detections; called only for images that are new.
+        classifier: a `ColorClassifier` or the like; called only for colours that are missing.
+        settings: what the detections depend on; kept in OUT/settings.json.
+        options: thresholds; they say which boxes need a colour.
+        batch_size: images a call of the detector.
+    Returns:
+        filename -> detections, without masks.
+    Raises:
+        ValueError: if OUT holds detections that were made with other settings.
+    """
+    options = options or ScoringOptions()
+    out.mkdir(parents=True, exist_ok=True)
+    _check_settings(out / "settings.json", settings)
+    log = out / "detections.jsonl"
+    known = {record["filename"]: record for record in read_json_lines(log)} if log.exists() else {}
+    _write_atomically(log, "".join(map(_line, known.values())))  # without a torn last line
+    found: dict[str, Detections] = {}
+    with log.open("a", encoding="utf-8") as stream, tqdm(total=len(samples), desc="geneval", unit="image") as progress:
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            digests = [file_digest(sample.path) for sample in batch]
+            records = [known.get(sample.filename, {}) for sample in batch]
+            seen = {
+                sample.filename: from_record(record)
+                for sample, record, digest in zip(batch, records, digests)
+                if record.get("sha256") == digest
+            }
+            fresh = [sample for sample in batch if sample.filename not in seen]
+            if fresh:
+                seen |= _detect(fresh, detector)
+            for sample, digest in zip(batch, digests):
+                detections = seen[sample.filename]
+                if _add_colors(sample, detections, classifier, options) or sample in fresh:
+                    stream.write(_line(to_record(sample.filename, digest, detections)))
+                found[sample.filename] = Detections(detections.boxes, colors=detections.colors)
+            stream.flush()
+            progress.update(len(batch))
+    return found
+
+
+def score_all(
+    samples: Sequence[Sample], found: dict[str, Detections], out: Path, options: ScoringOptions | None = None
+) -> Summary:
+    """Judge every image, write OUT/results.jsonl and OUT/summary.json, and return the summary."""
+    chosen = vars(options or ScoringOptions())
+    results = []
+    for sample in samples:
+        detections = found[sample.filename]
+        kept = select_detections(sample.metadata, detections.boxes, **chosen)
+        correct, reason = judge_image(sample.metadata, detections.boxes, detections.colors, **chosen)
+        results.append(
+            {
+                "filename": sample.filename,
+                "tag": sample.metadata["tag"],
+                "prompt": sample.metadata["prompt"],
+                "correct": correct,
+                "reason": reason,
+                "credit": partial_credit(sample.metadata, detections.boxes, detections.colors, **chosen),
+                "metadata": json.dumps(sample.metadata),
+                "details": json.dumps({name: detections.boxes[name][rows].tolist() for name, rows in kept.items()}),
+            }
+        )
+    summary = summarize(results)
+    if summary.num_images != NUM_PROMPTS * IMAGES_PER_PROMPT:
+        logger.warning(
+            "%d images: the benchmark's numbers are over %d, %d of each of its %d prompts",
+            summary.num_images,
+            NUM_PROMPTS * IMAGES_PER_PROMPT,
+            IMAGES_PER_PROMPT,
+            NUM_PROMPTS,
+        )
+    _write_atomically(out / "results.jsonl", "".join(_line(result) for result in results))
+    _write_atomically(out / "summary.json", json.dumps(dataclasses.asdict(summary) | {"options": chosen}, indent=2))
+    return summary
+
+
+class ExportedDetections:
+    """A detector that looks up what another one found.
+
+    Args:
+        path: file in the format of `benchmark.geneval.detections`.
+    Raises:
+        ValueError: if the file lacks an image, or was made from another version of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records = {record["filename"]: record for record in read_json_lines(path)}
+
+    def __call__(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> list[Detections]:
+        found = []
+        for sample in samples:
+            record = self._records.get(sample.filename)
+            if record is None:
+                raise ValueError(
+                    f"{self.path} has no line for {sample.filename}, but for {list(self._records)[:2]} and others: "
+                    "file names are those below the images' folder"
+                )
+            if record.get("sha256") not in (None, file_digest(sample.path)):
+                raise ValueError(f"{sample.filename} has changed since {self.path} was made: run the detector again")
+            found.append(from_record(record))
+        return found
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    expected = "expected the prompt's one line of evaluation_metadata.jsonl, with 'tag' and 'prompt'"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; {expected}") from error
+    if not isinstance(metadata, dict) or not {"tag", "prompt"} <= metadata.keys():
+        raise ValueError(f"{path} holds {str(metadata)[:80]}; {expected}")
+    return metadata
+
+
+def _detect(samples: Sequence[Sample], detector: Detector) -> dict[str, Detections]:
+    """Run the detector; masks are kept only of objects whose colour the prompt names."""
+    found = detector(samples, [_open(sample.path) for sample in samples])
+    for sample, detections in zip(samples, found, strict=True):
+        colored = {clause["class"] for clause in sample.metadata.get("include") or [] if "color" in clause}
+        detections.masks = {name: masks for name, masks in detections.masks.items() if name in colored}
+    return {sample.filename: detections for sample, detections in zip(samples, found)}
+
+
+def _add_colors(sample: Sample, detections: Detections, classifier: Classifier, options: ScoringOptions) -> bool:
+    """Fill in the colours that decide; whether one was missing."""
+    added = False
+    for name, rows in box_colors_needed(sample.metadata, detections.boxes, **vars(options)).items():
+        boxes = detections.boxes[name]
+        colors = detections.colors.setdefault(name, [None] * len(boxes))
+        masks = detections.masks.get(name, [None] * len(boxes))
+        unknown = [row for row in rows if colors[row] is None]
+        if unknown:
+            told = classifier(_open(sample.path), boxes[unknown], [masks[row] for row in unknown], name)
+            for row, color in zip(unknown, told, strict=True):
+                colors[row] = color
+            added = True
+    return added
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        _write_atomically(path, json.dumps(settings, indent=2))
+    elif (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+        raise ValueError(
+            f"{path.parent} holds detections made with { ({name: before.get(name) for name in changed}) }, now it is "
+            f"{ ({name: settings.get(name) for name in changed}) }: choose another --out, or delete that folder"
+        )
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,238 @@
+"""Samples of a class-to-image policy for FID: N images of every class in one .npz, settings in a .json beside it.
+
+    bash test.sh MODEL_NAME GPU_RANK STEP CFG [any option]      (or: python -m benchmark.sample_classes ...)
+
+Pixels follow LlamaGen's rule for FID: float32 decoder output, resized bicubically to 256 if it is larger, then
+trunc(127.5 x + 128). Stopped and started again it goes on; several processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmark.archives import write_images, write_json
+from benchmark.models import BASE, find_policy, fingerprint, load_policy, load_tokenizer, tokenizer_of_run
+from benchmark.sampling import (
+    DrawSettings,
+    Share,
+    Unit,
+    UnitFolder,
+    check_same_settings,
+    draw_class,
+    draw_units,
+    merged_images,
+    shuffled_rows,
+    wait_for_units,
+)
+from llamagen import LlamaGenForCausalLM, VQModel
+from llamagen.grids import save_png
+from llamagen.pixels import FID_SIZE, fid_samples
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BASE = "weights/c2i_B_256.pt"
+DEFAULT_VQ = "weights/vq_ds16_c2i.pt"
+PRECISIONS = ("float32", "bfloat16")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: draw this process's share; the first process merges and writes."""
+    options = parser().parse_args(arguments)
+    share = Share.from_environment()
+    logging.basicConfig(level=logging.INFO if share.rank == 0 else logging.ERROR, format="%(message)s")
+    try:
+        sample_classes(options, share)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def sample_classes(options: argparse.Namespace, share: Share) -> Path:
+    """Draw what is missing of the job that the options describe; returns the path of the .npz.
+
+    Raises:
+        FileNotFoundError, ValueError: for models that are not there, classes the policy does not have, or results of
+            another job in the way.
+    """
+    device = pick_device(options.device)
+    policy_path, policy, vq = load_models(options, device)
+    labels = pick_classes(options.classes, policy.config.num_classes)
+    draw_settings = DrawSettings(**{field.name: getattr(options, field.name) for field in _draw_fields()})
+    if options.precision is None:
+        draw_settings = dataclasses.replace(draw_settings, precision="bfloat16" if device.type == "cuda" else "float32")
+    native_size = policy.config.grid_size * vq.config.downsample_factor
+    size = options.output_size or min(native_size, FID_SIZE)
+
+    units = [Unit(label, options.num_per_class) for label in labels]
+    settings = {
+        "policy_sha256": fingerprint(policy_path),
+        "vq_sha256": fingerprint(_vq_path(options, policy_path)),
+        "seed": options.seed,
+        "num_per_class": options.num_per_class,
+        "classes": labels,
+        "output_size": size,
+        "device_type": device.type,
+        **dataclasses.asdict(draw_settings),
+    }
+    output = options.output or Path("test_results") / f"{_job_name(options, policy_path)}.npz"
+    record = output.with_suffix(".json")
+    if output.is_file() and record.is_file():
+        check_same_settings(json.loads(record.read_text())["settings"], settings, output)
+        logger.info("%s is there already", output)
+        return output
+
+    folder = UnitFolder(output.with_suffix(".parts"), units, settings)
+
+    def draw(unit: Unit) -> np.ndarray:
+        batches = draw_class(policy, vq, unit.condition, unit.num_images, options.seed, draw_settings)
+        return np.concatenate([fid_samples(raw, size) for raw in batches])
+
+    draw_units(folder, draw, share)
+    if options.png:
+        _write_pngs(folder, units[share.rank :: share.world_size], output.with_suffix(""))
+    if share.rank > 0:
+        return output
+    wait_for_units(folder)
+    rows = shuffled_rows(units)
+    write_images(output, (len(rows), size, size), merged_images(folder, rows), [unit.condition for unit, _ in rows])
+    write_json(record, _describe(options, policy_path, device, native_size, settings))
+    if not options.keep_parts:
+        folder.remove()
+    logger.info("wrote %s: %d images of %d classes, %d x %d", output, len(rows), len(units), size, size)
+    return output
+
+
+def add_model_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Which policy and tokenizer; shared by every command that samples classes."""
+    group.add_argument("--model", default=BASE, help="'base', a .pt file, a folder, or a run in runs/ (base)")
+    group.add_argument("--step", default="last", help="of a run: a number, 'last' or 'final' (last)")
+    group.add_argument("--base_policy", default=DEFAULT_BASE, help=f"what 'base' is ({DEFAULT_BASE})")
+    group.add_argument("--runs", default="runs", help="folder of the runs (runs)")
+    group.add_argument("--policy_size", help="of a .pt file whose name does not say it: GPT-B, GPT-L, ...")
+    group.add_argument("--image_size", type=int, help="of a .pt file whose name does not say it: 256, 384, 512")
+    group.add_argument("--vq_path", help=f"tokenizer: folder or .pt; by default the run's own, else {DEFAULT_VQ}")
+    group.add_argument("--vq_size", default="VQ-16", help="of a .pt tokenizer: VQ-16 or VQ-8 (VQ-16)")
+
+
+def add_draw_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """How to draw; names and meaning as in `DrawSettings`."""
+    group.add_argument("--guidance_scale", type=float, default=2.0, help="s of classifier-free guidance (2.0)")
+    group.add_argument("--guidance_interval", type=int, default=-1, help="guidance for codes 0 .. k + 1; -1: all (-1)")
+    group.add_argument("--temperature", type=float, default=1.0, help="(1.0)")
+    group.add_argument("--top_k", type=int, default=0, help="most probable codes that are kept; 0: all (0)")
+    group.add_argument("--top_p", type=float, default=1.0, help="probability that is kept; 1: all (1.0)")
+    group.add_argument("--seed", type=int, default=0, help="(0)")
+    group.add_argument("--batch_size", type=int, default=50, help="images at once; changes samples in rounding (50)")
+    group.add_argument("--precision", choices=PRECISIONS, help="bfloat16 is autocast; by default it is used on GPUs")
+    group.add_argument("--device", help="cuda or cpu; by default a GPU if there is one")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of this module."""
+    command = argparse.ArgumentParser(prog="python -m benchmark.sample_classes", description=__doc__.splitlines()[0])
+    add_model_arguments(command)
+    add_draw_arguments(command)
+    command.add_argument("--num_per_class", type=int, default=50, help="images of each class (50)")
+    command.add_argument("--classes", type=int, nargs="+", help="class ids; by default all")
+    command.add_argument("--output_size", type=int, help="side in pixels; by default the policy's own, at most 256")
+    command.add_argument("--output", type=Path, help="the .npz; by default test_results/ and a name of model and options")
+    command.add_argument("--png", action="store_true", help="also write every image as a PNG")
+    command.add_argument("--keep_parts", action="store_true", help="keep the units after they are merged")
+    return command
+
+
+def load_models(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[Path, LlamaGenForCausalLM, VQModel]:
+    """(path of the policy, policy, tokenizer) that the model arguments name, on `device`.
+
+    Raises:
+        FileNotFoundError, ValueError: if one of them is missing or they do not belong together.
+    """
+    policy_path = find_policy(options.model, options.step, options.base_policy, options.runs)
+    policy = load_policy(policy_path, "c2i", options.policy_size, options.image_size)
+    vq = load_tokenizer(_vq_path(options, policy_path), options.vq_size)
+    if vq.config.codebook_size != policy.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vq.config.codebook_size} codes, the policy draws {policy.config.vocab_size}: give the "
+            "one it was trained with as --vq_path"
+        )
+    return policy_path, policy.to(device), vq.to(device)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, by default this process's GPU, or the CPU if there is none."""
+    if name:
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def pick_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
+    """The classes asked for, by default all; raises ValueError for one that the policy does not have."""
+    labels = list(range(num_classes)) if classes is None else list(classes)
+    if strangers := [label for label in labels if not 0 <= label < num_classes]:
+        raise ValueError(f"class {strangers[0]} is not among this policy's, which are 0 .. {num_classes - 1}")
+    return labels
+
+
+def _draw_fields() -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(DrawSettings)
+
+
+def _vq_path(options: argparse.Namespace, policy_path: Path) -> str:
+    return options.vq_path or tokenizer_of_run(policy_path) or DEFAULT_VQ
+
+
+def _job_name(options: argparse.Namespace, policy_path: Path) -> str:
+    model = f"{policy_path.parent.name}-{policy_path.name}" if policy_path.name.startswith("checkpoint-") else None
+    model = model or policy_path.name.removesuffix(".pt")
+    return f"{model}-cfg-{options.guidance_scale:g}-seed-{options.seed}"
+
+
+def _write_pngs(folder: UnitFolder, units: Sequence[Unit], target: Path) -> None:
+    for unit in units:
+        for index, image in enumerate(folder.read(unit)):
+            path = target / f"{unit.condition:04d}" / f"{index:05d}.png"
+            if not path.is_file():
+                save_png(Image.fromarray(image), path)
+
+
+def _describe(
+    options: argparse.Namespace, policy_path: Path, device: torch.device, native_size: int, settings: dict
+) -> dict:
+    """What the .json beside the samples says."""
+    packages = ("torch", "transformers", "numpy")
+    return {
+        "model": options.model,
+        "step": options.step,
+        "policy": str(policy_path),
+        "vq": _vq_path(options, policy_path),
+        "guidance_scale": options.guidance_scale,
+        "seed": options.seed,
+        "num_images": options.num_per_class * len(settings["classes"]),
+        "precision": settings["precision"],
+        "native_size": native_size,
+        "pixels": "trunc(clamp(127.5 x + 128, 0, 255)) after bicubic resizing without antialiasing",
+        "rows": "shuffled by a hash of class and index; arr_1 holds the class of each row",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "settings": settings,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Captions as prompts: the files they come in and the rows a text-to-image run trains on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = ("prompt", "caption", "text")  # tried in this order where no column is named
+ACCEPTED_FORMS = """accepted are
+  .json   a list whose rows are strings, {"prompt": "..."} or {"conversations": [{"value": "..."}, ...]}
+  .jsonl  such a row on every line (GenEval's evaluation_metadata.jsonl is one)
+  .txt    a caption on every line
+  .csv    with a header; .tsv alike
+  or the name of a Hugging Face data set (or a folder with its files)
+where "prompt" may also be called "caption" or "text", or whatever the column option says"""
+
+
+def load_captions(
+    source: str | Path,
+    column: str | None = None,
+    split: str = "train",
+    count_tokens: Callable[[list[str]], list[int]] | None = None,
+    max_tokens: int = 120,
+) -> list[str]:
+    """Captions of a file or a Hugging Face data set, in its order and spelling.
+
+    Blank ones are dropped. Repeated ones stay (DrawBench asks each prompt several times), and so do those that the
+    text encoder will cut. One line in the log counts all three.
+
+    Args:
+        source: see `ACCEPTED_FORMS`.
+        column: key or column that holds the caption; None takes the first of `TEXT_COLUMNS` that is there.
+        split: split of a data set; files have none.
+        count_tokens: tokens per caption (`T5TextEncoder.count_tokens`), to count those over `max_tokens`.
+        max_tokens: tokens of a caption that the policy sees.
+    Raises:
+        ValueError: if there is no such file, a row has none of the accepted forms, or every caption is blank.
+    """
+    texts = [text or "" for text in _read(str(source), column, split)]
+    captions = [text for text in texts if text.strip()]
+    if not captions:
+        raise ValueError(f"{source} holds no caption: all of its {len(texts)} rows are blank")
+    num_blank, num_repeated, num_long = len(texts) - len(captions), len(captions) - len(set(captions)), 0
+    counts = f"{len(captions)} captions, {num_blank} blank rows dropped, {num_repeated} duplicates"
+    if count_tokens is not None:
+        num_long = sum(count > max_tokens for count in count_tokens(captions))
+        counts += f", {num_long} cut to {max_tokens} tokens"
+    logger.log(logging.WARNING if num_blank or num_long else logging.INFO, "%s: %s", source, counts)
+    return captions
+
+
+def caption_dataset(captions: Sequence[str], num_prompts: int, seed: int) -> Dataset:
+    """Captions in random order, pass after pass until there are `num_prompts` rows, which are one epoch of the run.
+
+    Every pass shows each caption once, in an order of its own. A longer run starts with the rows of a shorter one.
+
+    Args:
+        captions: any number, at least 1.
+        num_prompts: rows, at least 1: optimizer steps times distinct prompts per step.
+        seed: the same seed gives the same rows on every machine.
+    Returns:
+        Columns `prompt` (what the policy is given) and `caption` (what rewards compare with): the same text.
+    Raises:
+        ValueError: if there is no caption or no row.
+    """
+    if num_prompts < 1 or not captions:
+        raise ValueError(f"{num_prompts} prompts from {len(captions)} captions: a run needs at least 1 of each")
+    rng = np.random.default_rng(seed)
+    num_passes = -(-num_prompts // len(captions))
+    order = np.concatenate([rng.permutation(len(captions)) for _ in range(num_passes)])[:num_prompts]
+    rows = [captions[index] for index in order]
+    return Dataset.from_dict({"prompt": rows, "caption": rows})
+
+
+def _read(source: str, column: str | None, split: str) -> list[str | None]:
+    """Every row's caption, blank ones included."""
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is not None and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        try:
+            return reader(path, column)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    if path.is_file():
+        raise ValueError(f"{path}: files with the ending {path.suffix or '(none)'!r} are not read; {ACCEPTED_FORMS}")
+    return _read_hub(source, column, split)
+
+
+def _read_json(path: Path, column: str | None) -> list[str | None]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); one value on each line is .jsonl. {ACCEPTED_FORMS}") from error
+    if isinstance(rows, dict) and "annotations" in rows:
+        raise ValueError(f"{path} looks like COCO's own annotations: pick captions with python -m dataset.prepare_coco")
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds one {type(rows).__name__} instead of a list; {ACCEPTED_FORMS}")
+    return [_caption_of(row, column, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _read_jsonl(path: Path, column: str | None) -> list[str | None]:
+    captions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}); {ACCEPTED_FORMS}") from error
+        captions.append(_caption_of(row, column, f"{path}, line {number}"))
+    return captions
+
+
+def _read_txt(path: Path, column: str | None) -> list[str | None]:
+    return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+
+
+def _read_table(path: Path, column: str | None) -> list[str | None]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        name = _pick_column(rows.fieldnames or [], column, str(path))
+        return [row[name] for row in rows]
+
+
+def _read_hub(name: str, column: str | None, split: str) -> list[str | None]:
+    try:
+        rows = load_dataset(name, split=split)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"{name!r} is neither a file here nor a data set that can be reached ({error}); {ACCEPTED_FORMS}"
+        ) from error
+    column = _pick_column(rows.column_names, column, f"{name}, split {split!r}")
+    captions = list(rows[column])
+    wrong = next((text for text in captions if text is not None and not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{name}: column {column!r} holds {type(wrong).__name__}, not text; {ACCEPTED_FORMS}")
+    return captions
+
+
+_READERS: dict[str, Callable[[Path, str | None], list[str | None]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".txt": _read_txt,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+}
+
+
+def _caption_of(row: Any, column: str | None, place: str) -> str | None:
+    """The caption of one JSON row."""
+    text = row
+    if isinstance(row, dict) and column is None and row.get("conversations"):
+        first_turn = row["conversations"][0]
+        text = first_turn.get("value", row) if isinstance(first_turn, dict) else row
+    elif isinstance(row, dict):
+        text = row[_pick_column(row, column, place)]
+    if text is not None and not isinstance(text, str):
+        shown = json.dumps(row, ensure_ascii=False)
+        raise ValueError(f"{place} holds no caption: {shown[:100]}; {ACCEPTED_FORMS}")
+    return text
+
+
+def _pick_column(names: Iterable[str], column: str | None, place: str) -> str:
+    names = list(names)
+    wanted = TEXT_COLUMNS if column is None else (column,)
+    for name in wanted:
+        if name in names:
+            return name
+    raise ValueError(
+        f"{place} has no {' or '.join(repr(name) for name in wanted)}, only {names}: name the one with the captions "
+        f"(--caption_column); {ACCEPTED_FORMS}"
+    )

@@ -1,0 +1,223 @@
+"""What both training scripts share: arguments -> policy, tokenizer, rewards -> trainer -> a finished run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import transformers
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from img_gen_grpo_rewards import RewardArguments, build_rewards
+from img_gen_grpo_trainer import ImgGenGRPOConfig, ImgGenGRPOTrainer
+from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor, VQConfig, VQModel
+
+logger = logging.getLogger(__name__)
+
+CONVERTED_POLICY = "initial_policy"  # folder in the run that holds a `.pt` policy in Hugging Face form
+LORA_MODULES = ["wqkv", "wo", "w1", "w2", "w3"]  # what LoRA adapts unless told otherwise
+RECORDED_VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "open_clip_torch", "pyiqa", "numpy")
+
+
+@dataclass
+class PolicyArguments:
+    """Which weights are trained and which tokenizer draws for them; `--model_name_or_path` is the policy itself."""
+
+    policy_size: str = field(
+        default="GPT-B", metadata={"help": "Size of a `.pt` policy: GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-3B."}
+    )
+    image_size: int = field(
+        default=256, metadata={"help": "Resolution that a `.pt` policy was trained at: 256, 384 or 512 pixels."}
+    )
+    vq_path: str = field(
+        default="weights/vq_ds16_c2i.pt", metadata={"help": "The image tokenizer: a `.pt` file or a folder."}
+    )
+    vq_size: Literal["VQ-16", "VQ-8"] = field(default="VQ-16", metadata={"help": "Size of a `.pt` tokenizer."})
+    decode_batch_size: int = field(default=32, metadata={"help": "Images that the tokenizer decodes at a time."})
+
+
+def parse(argument_classes: list[type], description: str) -> tuple:
+    """Parse the command line (and `--config FILE.yaml`) into these dataclasses and the ones every run has.
+
+    Returns:
+        One object per class in `argument_classes`, then PolicyArguments, RewardArguments, ImgGenGRPOConfig,
+        ModelConfig.
+    """
+    classes = (*argument_classes, PolicyArguments, RewardArguments, ImgGenGRPOConfig, ModelConfig)
+    parser = TrlParser(classes, description=description)
+    arguments = parser.parse_args_and_config()
+    level = logging.INFO if arguments[-2].process_index == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    for chatty in ("httpx", "datasets", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    return arguments
+
+
+def describe_batch(config: ImgGenGRPOConfig) -> str:
+    """One line of arithmetic: what makes up an optimizer step."""
+    per_device, processes = config.per_device_train_batch_size, config.world_size
+    accumulation, G = config.gradient_accumulation_steps, config.num_generations
+    samples = per_device * processes * accumulation
+    return (
+        f"one step = {per_device} samples x {processes} process(es) x {accumulation} accumulation = {samples} samples "
+        f"= {samples // G} prompts x {G} rollouts; one rollout phase draws {config.generation_batch_size} images "
+        f"and is used for {config.num_iterations} pass(es)"
+    )
+
+
+def count_prompts(config: ImgGenGRPOConfig) -> int:
+    """Prompts that `max_steps` steps consume: the length of a dataset that makes the run exactly one epoch.
+
+    Raises:
+        ValueError: if the run's length is not given in steps.
+    """
+    if config.max_steps <= 0:
+        raise ValueError(f"max_steps is {config.max_steps}: a run is as long as its steps; set --max_steps")
+    micro_steps = config.max_steps * config.gradient_accumulation_steps
+    rollout_phases = -(-micro_steps // (config.steps_per_generation * config.num_iterations))
+    return rollout_phases * config.generation_batch_size // config.num_generations
+
+
+def build_trainer(
+    task: Literal["c2i", "t2i"],
+    make_dataset,
+    policy_arguments: PolicyArguments,
+    reward_arguments: RewardArguments,
+    config: ImgGenGRPOConfig,
+    model_config: ModelConfig,
+    text_encoder=None,
+) -> ImgGenGRPOTrainer:
+    """Check what can be checked, then load judges, policy and tokenizer, in the order of their price.
+
+    Args:
+        task: what the policy must be.
+        make_dataset: called with (number of prompts, policy configuration), gives a dataset with `prompt`, `caption`.
+        text_encoder: of a t2i policy.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: whatever is wrong, before the first sample is drawn.
+    """
+    logger.info(describe_batch(config))
+    _refuse_to_overwrite(config)
+    dataset: Dataset = make_dataset(count_prompts(config), read_policy_config(model_config, policy_arguments, task))
+    rewards = build_rewards(weights=config.reward_weights, device=config.device, arguments=reward_arguments)
+    logger.info("rewards:\n%s", rewards.describe())
+    with config.main_process_first(desc="converting the policy"):
+        policy = load_policy(model_config, policy_arguments, task, config.output_dir)
+    vq = load_vq(policy_arguments).to(config.device)
+    if model_config.use_peft and model_config.lora_target_modules is None:
+        model_config.lora_target_modules = LORA_MODULES
+    return ImgGenGRPOTrainer(
+        model=policy,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=dataset,
+        processing_class=LlamaGenProcessor(policy.config, vq, text_encoder, policy_arguments.decode_batch_size),
+        peft_config=get_peft_config(model_config),
+    )
+
+
+def run(trainer: ImgGenGRPOTrainer, *arguments) -> None:
+    """Train (or go on), then leave the final policy, the trainer's state and the settings in the run folder."""
+    config = trainer.args
+    if trainer.accelerator.is_main_process:
+        write_settings(Path(config.output_dir) / "settings.json", *arguments)
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint in ("last", "True", "true", True):
+        checkpoint = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"no checkpoint to resume from in {config.output_dir}: start without the flag")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(Path(config.output_dir) / "final"))
+    trainer.save_state()
+
+
+def read_policy_config(model_config: ModelConfig, arguments: PolicyArguments, task: str) -> LlamaGenConfig:
+    """The policy's configuration: from its folder, or by preset for a `.pt` file.
+
+    Raises:
+        ValueError: if no policy is named, or it is one of the other task.
+    """
+    path = model_config.model_name_or_path
+    if path is None:
+        raise ValueError("no policy: set --model_name_or_path to a LlamaGen .pt file or a folder (README, Weights)")
+    if not (Path(path) / "config.json").exists():
+        return LlamaGenConfig.preset(arguments.policy_size, task=task, image_size=arguments.image_size)
+    config = LlamaGenConfig.from_pretrained(path)
+    if config.task != task:
+        raise ValueError(f"{path} is a {config.task} policy: train it with train_{config.task}.py")
+    return config
+
+
+def load_policy(
+    model_config: ModelConfig, arguments: PolicyArguments, task: str, output_dir: str | Path
+) -> LlamaGenForCausalLM:
+    """The policy in float32, from a folder; a `.pt` file is first converted into one inside the run.
+
+    TRL builds the reference policy from the same folder, which is why there must be one.
+    """
+    config = read_policy_config(model_config, arguments, task)
+    folder = Path(model_config.model_name_or_path)
+    if not (folder / "config.json").exists():
+        official, folder = folder, Path(output_dir) / CONVERTED_POLICY
+        if not (folder / "config.json").exists():
+            LlamaGenForCausalLM.from_official(official, config).save_pretrained(folder)
+    policy = LlamaGenForCausalLM.from_pretrained(folder, dtype="float32")
+    logger.info("policy %s: %.1fM parameters", folder, sum(p.numel() for p in policy.parameters()) / 1e6)
+    return policy
+
+
+def load_vq(arguments: PolicyArguments) -> VQModel:
+    """The tokenizer, frozen, in evaluation mode."""
+    path = Path(arguments.vq_path)
+    if (path / "config.json").exists():
+        vq = VQModel.from_pretrained(path)
+    else:
+        vq = VQModel.from_official(path, VQConfig.preset(arguments.vq_size))
+    return vq.eval().requires_grad_(False)
+
+
+def write_settings(path: Path, *arguments) -> None:
+    """Command, every argument and the versions that ran, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {"python": platform.python_version(), **_versions()},
+        "arguments": {type(one).__name__: _plain(one) for one in arguments},
+    }
+    path.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def _plain(arguments) -> dict:
+    if isinstance(arguments, ImgGenGRPOConfig):
+        return arguments.to_dict()
+    return dataclasses.asdict(arguments)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in RECORDED_VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _refuse_to_overwrite(config: ImgGenGRPOConfig) -> None:
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint is None and folder.is_dir() and get_last_checkpoint(folder) is not None:
+        raise ValueError(
+            f"{folder} already holds checkpoints: go on with --resume_from_checkpoint last, or choose another "
+            "--output_dir"
+        )

@@ -1,0 +1,499 @@
+"""GRPO for image policies, as a thin subclass of TRL's GRPOTrainer.
+
+Legend: B rollouts of this process, G rollouts per prompt, N rollouts of all processes, P condition positions, T codes,
+F reward functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from img_gen_grpo_rewards import RewardSuite, fill_missing
+from llamagen.grids import labelled_grid, save_png
+
+logger = logging.getLogger(__name__)
+
+# Private hooks of TRL's trainer that are overridden or called here. tests/test_trainer.py pins them to the tested
+# version: when it fails, compare these methods with their new source before moving the pin in requirements.txt.
+OVERRIDDEN_HOOKS = {
+    "_generate": ("self", "prompts"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_compute_loss": ("self", "model", "inputs"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "log": ("self", "logs", "start_time"),
+}
+REPLAY_HOOK = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy")
+
+# Options of GRPOConfig that mean nothing for images of a fixed number of codes -> the only value accepted.
+FIXED_OPTIONS = {
+    "use_vllm": False,
+    "use_transformers_continuous_batching": False,
+    "mask_truncated_completions": False,
+    "repetition_penalty": 1.0,
+    "min_p": None,
+    "pad_to_multiple_of": None,
+}
+ROLLOUT_BUFFER = "rollout_buffer"  # rollouts that a checkpoint was taken in the middle of
+
+
+@dataclass
+class ImgGenGRPOConfig(GRPOConfig):
+    """TRL's GRPOConfig and what image policies need beside it.
+
+    The first fields are TRL's own, with the paper's values as defaults.
+    """
+
+    loss_type: str = field(default="grpo", metadata={"help": "TRL's loss; the paper: grpo."})
+    beta: float = field(default=0.1, metadata={"help": "Weight of the KL to the reference policy; the paper: 0.1."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's peak rate; the paper: 1e-5."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta; the paper: 0.95."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay; the paper: 0.05."})
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={"help": "Multiply the KL by the ratio; the KL of GRPO's Eq. (4) has no such factor."},
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule; the paper names none."})
+
+    guidance_scale: float = field(
+        default=2.0,
+        metadata={"help": "s of classifier-free guidance while sampling; 1.0 is off. The paper trains with 2.0."},
+    )
+    guidance_interval: int = field(
+        default=-1, metadata={"help": "Guidance is on for codes 0 .. interval + 1; -1 is always (the paper)."}
+    )
+    logps_guidance: Literal["guided", "conditional"] = field(
+        default="guided",
+        metadata={
+            "help": "Which policy is scored in the update. guided: the one that sampled, so that the ratio starts at "
+            "1 because it is 1. conditional: without guidance, as in the code that produced the paper's tables."
+        },
+    )
+    detach_unconditional: bool = field(
+        default=False, metadata={"help": "With guided log-probs, let no gradient through the unconditional branch."}
+    )
+    samples_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rollouts of one optimizer step over all GPUs (the paper: 64). Sets gradient_accumulation_steps "
+            "from per_device_train_batch_size and the number of processes; unset leaves TRL's own arithmetic."
+        },
+    )
+    image_grid_steps: int = field(
+        default=50, metadata={"help": "Draw the fixed prompts every so many steps (and at both ends); 0 is never."}
+    )
+    image_grid_prompts: int = field(default=4, metadata={"help": "How many fixed prompts, one row each."})
+
+    def __post_init__(self):
+        if self.samples_per_step is not None:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = accumulation_for(
+                self.samples_per_step, self.per_device_train_batch_size, processes, self.num_generations
+            )
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
+        super().__post_init__()
+        for option, only in FIXED_OPTIONS.items():
+            if (given := getattr(self, option)) != only:
+                raise ValueError(f"{option}={given} has no meaning for image codes: leave it at {only}")
+
+
+def accumulation_for(samples_per_step: int, per_device: int, processes: int, num_generations: int) -> int:
+    """Gradient accumulation that makes one optimizer step out of `samples_per_step` rollouts.
+
+    Raises:
+        ValueError: if the numbers do not divide; the message lists the per-device batch sizes that would.
+    """
+    if samples_per_step % num_generations:
+        raise ValueError(
+            f"samples_per_step {samples_per_step} is no multiple of num_generations {num_generations}: a step holds "
+            f"whole groups, e.g. {samples_per_step // num_generations * num_generations or num_generations}"
+        )
+    if samples_per_step % (per_device * processes):
+        possible = [n for n in range(1, samples_per_step + 1) if samples_per_step % (n * processes) == 0]
+        options = (
+            f"per_device_train_batch_size can be {', '.join(map(str, possible))}"
+            if possible
+            else ("no batch size divides it: use a number of processes that divides it")
+        )
+        raise ValueError(
+            f"samples_per_step {samples_per_step} is no multiple of {processes} processes x "
+            f"{per_device} samples each: {options}"
+        )
+    return samples_per_step // (per_device * processes)
+
+
+class ImgGenGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer for a policy that draws images.
+
+    TRL's `loss_type="grpo"` is DeepSeekMath (arXiv:2402.03300), Eq. (3), with the KL estimator of its Eq. (4); the
+    advantage is (r - mean) / (std + 1e-4) with the sample standard deviation of the group.
+
+    A prompt is a class id or a caption; its completion is always T codes, without an end token. Overrides:
+    `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards;
+    `_calculate_rewards` times them and fills what failed; `_get_per_token_logps_and_entropies` scores the guided or
+    the conditional policy; `_compute_loss` and `log` add metrics; `_save_checkpoint` and
+    `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was taken in the middle of.
+
+    Args:
+        model: a `LlamaGenForCausalLM` loaded from a folder (the reference policy is loaded from the same folder), or
+            that folder.
+        reward_funcs: a `RewardSuite`, or any list of TRL reward functions; `completions` is a float tensor
+            [B, 3, H, W] in [0, 1].
+        args: the settings.
+        train_dataset: rows with `prompt` (a class id or a caption) and `caption` (the text that rewards read).
+        processing_class: a `LlamaGenProcessor`.
+    """
+
+    _tag_names = ["trl", "grpo", "llamagen"]  # noqa: RUF012
+    _name = "AR-GRPO"
+
+    def __init__(self, model, reward_funcs, args: ImgGenGRPOConfig, train_dataset, processing_class, **kwargs):
+        self._reward_suite = reward_funcs if isinstance(reward_funcs, RewardSuite) else None
+        args.max_completion_length = processing_class.config.image_token_num
+        super().__init__(
+            model=model,
+            reward_funcs=list(reward_funcs),
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._seconds = defaultdict(float)  # of rollout, rewards and whole steps since the last log
+        self._images_drawn = 0
+        self._rollout_images: Tensor | None = None  # [B, 3, H, W], of the last rollout
+        self._replayed_logps: Tensor | None = None  # [B, T], of the last forward of the update
+        self.add_callback(StopAfterSignal(self))
+        if args.image_grid_steps > 0:
+            self.add_callback(ImageGridCallback(self))
+
+    # ------------------------------------------------------------------------------------------------ rollout
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        started = time.perf_counter()
+        condition_ids = torch.tensor(prompt_ids, device=self.accelerator.device)  # [B, P]
+        sampled = self.sample(condition_ids)
+        P = condition_ids.shape[1]
+        self._log_entropies(sampled.sequences[::num_generations], P)
+        self._count_seconds("rollout", started)
+        return sampled.sequences[:, P:].tolist(), sampled.logps.tolist()
+
+    def sample(self, condition_ids: Tensor, generator: list[torch.Generator] | None = None):
+        """Draw codes for condition ids [B, P] with the settings of the run, as a `SampledCodes`."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as policy,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),
+        ):
+            return policy.generate(
+                input_ids=condition_ids,
+                **self.processing_class.condition(condition_ids),
+                guidance_scale=self.args.guidance_scale,
+                guidance_interval=self.args.guidance_interval,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                generator=generator,
+                return_dict_in_generate=True,
+            )
+
+    def _generate(self, prompts):
+        outputs = list(super()._generate(prompts))
+        images = outputs[3]
+        self._rollout_images = torch.stack(images).to(self.accelerator.device)  # [B, 3, H, W]
+        # TRL keeps completions for its logs and sends them between processes: names suffice there
+        outputs[3] = [f"image {number}" for number in range(len(images))]
+        self._images_drawn += len(images) * self.accelerator.num_processes
+        return tuple(outputs)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        started = time.perf_counter()
+        if self._reward_suite is not None:
+            self._reward_suite.prefetch(self._rollout_images, *_texts_and_metadata(inputs))
+        rewards = super()._calculate_rewards(inputs, prompts, self._rollout_images, completion_ids_list)  # [N, F]
+        mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        self._count_seconds("rewards", started)
+        return fill_missing(rewards, num_generations)
+
+    # ------------------------------------------------------------------------------------------------ update
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        logps_guidance: str | None = None,
+        **unused,
+    ):
+        """Log-probs [B, T] (and entropies [B, T]) of the codes under the guided or the conditional policy."""
+        guided = (logps_guidance or self.args.logps_guidance) == "guided"
+        condition_length = input_ids.shape[1] - logits_to_keep
+        logps, entropies = [], []
+        for rows in input_ids.split(batch_size or len(input_ids)):
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=rows,
+                    **self.processing_class.condition(rows[:, :condition_length]),
+                    guidance_scale=self.args.guidance_scale if guided else 1.0,
+                    guidance_interval=self.args.guidance_interval,
+                    detach_unconditional=self.args.detach_unconditional,
+                    labels=rows.index_fill(1, torch.arange(condition_length, device=rows.device), -100),
+                    **self._scoring_options(),
+                )
+            logps.append(outputs.log_probs[:, -logits_to_keep:])
+            entropies.append(outputs.entropy[:, -logits_to_keep:] if compute_entropy else None)
+        logps = torch.cat(logps)
+        if torch.is_grad_enabled():
+            self._replayed_logps = logps.detach()
+        return logps, torch.cat(entropies) if compute_entropy else None, None
+
+    def _scoring_options(self) -> dict:
+        """TRL's fused head knows temperature; a filter's renormalisation needs the policy's own scoring."""
+        if self.top_k > 0 or self.top_p < 1.0:
+            return {"scored_with": (self.temperature, self.top_k, self.top_p)}
+        return {"fused_lm_head": True}
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.model.training:
+            self._log_ratios(inputs)
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._count_seconds("step", started)
+        return loss
+
+    # ------------------------------------------------------------------------------------------------ metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name in metrics if name.startswith("completions/")]:
+            del metrics[name]  # every completion has T codes
+        if self._seconds["step"] > 0:
+            step = self._seconds["step"]
+            if self._images_drawn:
+                metrics["speed/images_per_s"].append(self._images_drawn / step)
+            metrics["time/rollout_share"].append(self._seconds["rollout"] / step)
+            metrics["time/rewards_share"].append(self._seconds["rewards"] / step)
+            metrics["time/update_share"].append(1 - (self._seconds["rollout"] + self._seconds["rewards"]) / step)
+            self._seconds.clear()
+            self._images_drawn = 0
+        super().log(logs, start_time)
+
+    def _log_ratios(self, inputs) -> None:
+        metrics = self._metrics["train"]
+        replayed = self._replayed_logps
+        old = inputs.get("old_per_token_logps")
+        ratio = torch.ones_like(replayed) if old is None else (replayed - old).exp()
+        ratio = self.accelerator.gather(ratio)
+        metrics["ratio/mean"].append(ratio.mean().item())
+        metrics["ratio/std"].append(ratio.std().item())
+        window = self.args.steps_per_generation * self.num_iterations
+        if self._step % window < self.current_gradient_accumulation_steps:  # the policy is still the one that sampled
+            difference = self.accelerator.gather((replayed - inputs["sampling_per_token_logps"]).abs())
+            metrics["sampling/logp_difference"].append(difference.mean().item())
+            metrics["sampling/logp_difference/max"].append(difference.max().item())
+
+    @torch.no_grad()
+    def _log_entropies(self, sequences: Tensor, condition_length: int) -> None:
+        """Mean token entropy (nats) of the conditional and of the guided policy, on one rollout a prompt."""
+        mode = "train" if self.model.training else "eval"
+        for kind in ["conditional"] + (["guided"] if self.args.guidance_scale > 1 else []):
+            _, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                sequences,
+                torch.ones_like(sequences),
+                sequences.shape[1] - condition_length,
+                batch_size=self.args.per_device_train_batch_size,
+                compute_entropy=True,
+                logps_guidance=kind,
+            )
+            self._metrics[mode][f"entropy/{kind}"].append(self.accelerator.gather(entropies.mean()).mean().item())
+
+    def _count_seconds(self, phase: str, started: float) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[phase] += time.perf_counter() - started
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        window = self.args.steps_per_generation * self.num_iterations
+        if self._step % window == 0 or self._buffered_inputs is None:
+            return
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        tensors = {
+            f"{number}/{name}": value.clone().contiguous().cpu()
+            for number, batch in enumerate(self._buffered_inputs)
+            for name, value in batch.items()
+            if value is not None
+        }
+        save_file(tensors, folder / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        path = Path(checkpoint) / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors"
+        if path.exists():
+            batches = defaultdict(dict)
+            for key, value in load_file(path, device=str(self.accelerator.device)).items():
+                number, name = key.split("/", 1)
+                batches[int(number)][name] = value
+            self._buffered_inputs = [batches[number] for number in sorted(batches)]
+
+
+class ImageGridCallback(TrainerCallback):
+    """Draws the same prompts with the same noise every so many steps, so that two steps compare.
+
+    One row per prompt, rewards under each image, best first by the sum of rewards; written to
+    `OUTPUT/samples/step-XXXXXX.png` and to the loggers in use.
+    """
+
+    def __init__(self, trainer: ImgGenGRPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.draw(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.image_grid_steps == 0 or state.global_step == state.max_steps:
+            self.draw(state.global_step)
+
+    def draw(self, step: int) -> None:
+        """Sample on every process (sharded weights need all of them), write on the first."""
+        trainer = self.trainer
+        G, device = trainer.num_generations, trainer.accelerator.device
+        rows = [row for row in self._fixed_rows() for _ in range(G)]
+        prompts, (captions, metadata) = [row["prompt"] for row in rows], _texts_and_metadata(rows)
+        condition_ids = torch.tensor(trainer.processing_class(text=prompts)["input_ids"], device=device)
+        noise = [torch.Generator(device).manual_seed(number) for number in range(len(prompts))]
+        was_training = trainer.model.training
+        codes = trainer.sample(condition_ids, generator=noise).sequences[:, condition_ids.shape[1] :]
+        trainer.model.train(was_training)
+        if not trainer.accelerator.is_main_process:
+            return
+        images = trainer.processing_class.decode_images(codes)
+        rewards = self._rewards(images, captions, metadata)  # name -> [rows * G]
+        total = torch.tensor([sum(values[i] or 0.0 for values in rewards.values()) for i in range(len(images))])
+        best_first = total.view(-1, G).argsort(dim=1, descending=True, stable=True)  # [rows, G]
+        order = (best_first + G * torch.arange(len(best_first))[:, None]).flatten().tolist()
+        labels = ["\n".join(f"{name} {_shown(values[i])}" for name, values in rewards.items()) for i in order]
+        picture = labelled_grid(images[order], captions[::G], labels if rewards else None)
+        save_png(picture, Path(trainer.args.output_dir) / "samples" / f"step-{step:06d}.png")
+        self._send(picture, step)
+
+    def _fixed_rows(self) -> list[dict]:
+        """The first rows of the dataset with distinct prompts, in its own order."""
+        seen = {}
+        for row in self.trainer.train_dataset:
+            seen.setdefault(row["prompt"], row)
+            if len(seen) == self.trainer.args.image_grid_prompts:
+                break
+        return list(seen.values())
+
+    def _rewards(self, images: Tensor, captions: list[str], metadata: list | None) -> dict[str, list[float | None]]:
+        suite = self.trainer._reward_suite
+        if suite is None:
+            return {}
+        raw = suite.score(images, captions, metadata)
+        return {
+            function.__name__: [
+                None if score is None else function.transform(score) for score in raw[function.scorer.name]
+            ]
+            for function in suite
+        }
+
+    def _send(self, picture, step: int) -> None:
+        import numpy as np
+
+        for callback in self.trainer.callback_handler.callbacks:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
+                writer.add_image("rollouts/fixed_prompts", np.asarray(picture), step, dataformats="HWC")
+        report_to = self.trainer.args.report_to or []
+        for name in ("wandb", "trackio"):
+            if name in report_to:
+                backend = __import__(name)
+                backend.log({"rollouts/fixed_prompts": backend.Image(np.asarray(picture))})
+
+
+class StopAfterSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, trainer: ImgGenGRPOTrainer):
+        self.trainer = trainer
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._remember)
+            except ValueError:  # not in the main thread: signals stay whoever's they were
+                return
+
+    def on_step_end(self, args, state, control, **kwargs):
+        flag = torch.tensor([self.received or 0], device=self.trainer.accelerator.device)
+        if self.trainer.accelerator.gather(flag).max() > 0:  # every process stops at the same step
+            control.should_save = True
+            control.should_training_stop = True
+            logger.warning("stopping after step %d with a checkpoint; resume it to go on", state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _remember(self, number, frame) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+
+def _texts_and_metadata(rows: list[dict]) -> tuple[list[str], list | None]:
+    """What the judges read of dataset rows: a text each, and the task's metadata where the dataset has it."""
+    texts = [row.get("caption", row["prompt"]) for row in rows]
+    return texts, [row["metadata"] for row in rows] if "metadata" in rows[0] else None
+
+
+def _shown(score: float | None) -> str:
+    return "failed" if score is None else f"{score:.3f}"

@@ -1,0 +1,289 @@
+"""Train the toy world's models from a seed: python -m toy.make --out toy/weights --seed 0
+
+Writes save_pretrained folders (config.json, model.safetensors): vq, gpt_nano, gpt_small, clip. Weights are stored in
+half precision and load as float32, since config.json says so. With --official each LlamaGen model is also written as
+the .pt file the official programs read. Other jobs: --reference OUT.npz, --picture OUT.png.
+"""
+
+# Legend: B images, T codes of an image, V codebook size, S image side in pixels
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPModel
+
+from llamagen import LlamaGenConfig, LlamaGenForCausalLM, VQConfig, VQModel, checkpoints
+from llamagen.grids import labelled_grid, save_png
+from toy import clip, measure, world
+
+logger = logging.getLogger(__name__)
+
+CODEBOOK_SIZE = 256
+VQ_CONFIG = VQConfig(
+    codebook_size=CODEBOOK_SIZE,
+    codebook_embed_dim=8,
+    base_channels=32,
+    encoder_channel_multipliers=(1, 1, 2),
+    decoder_channel_multipliers=(1, 1, 2),
+    z_channels=64,
+)
+VQ_STEPS, VQ_BATCH, VQ_RATE = 900, 24, 1e-3
+RESTART_UNTIL = 0.6  # share of the steps in which codes that nobody uses are moved onto features
+
+LABEL_DROPOUT = 0.1  # share of labels replaced by the null class, as LlamaGen trains
+POOL_SIZE = 40_000  # pictures encoded once; every policy trains on their codes
+
+CLIP_POOL_SIZE, CLIP_STEPS, CLIP_BATCH, CLIP_RATE = 9_000, 1500, 96, 1e-3
+
+WARMUP_STEPS = 30
+
+
+@dataclass(frozen=True)
+class PolicyRecipe:
+    """Size and training length of one policy."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+    def config(self) -> LlamaGenConfig:
+        return LlamaGenConfig(
+            task="c2i",
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            vocab_size=CODEBOOK_SIZE,
+            num_classes=len(world.CLASSES),
+            image_token_num=(world.IMAGE_SIZE // VQ_CONFIG.downsample_factor) ** 2,
+            multiple_of=32,
+        )
+
+
+POLICIES = {
+    "gpt_nano": PolicyRecipe(128, 4, 4, steps=2500, batch_size=64, learning_rate=2e-3),
+    "gpt_small": PolicyRecipe(192, 6, 6, steps=2500, batch_size=64, learning_rate=1.5e-3),
+}
+MODELS = ("vq", *POLICIES, "clip")
+
+# What `--seed 0` gave on 2 CPU cores; another machine's arithmetic moves the third digit.
+EXPECTED: dict[str, dict[str, float]] = {"vq": {}, "gpt_nano": {}, "gpt_small": {}, "clip": {}}
+
+
+def main() -> None:
+    """Parse the command line, then do the one job it names."""
+    parser = argparse.ArgumentParser(prog="python -m toy.make", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("toy/weights"), help="folder of the models")
+    parser.add_argument("--seed", type=int, default=0, help="fixes pictures, initial weights and batches")
+    parser.add_argument("--only", default=",".join(MODELS), help=f"some of {','.join(MODELS)}; all but vq need vq")
+    parser.add_argument("--official", action="store_true", help="write the LlamaGen models as official .pt files, too")
+    parser.add_argument("--picture", type=Path, help="draw a sheet of pictures from the models in --out; no training")
+    parser.add_argument("--reference", type=Path, help="write drawn pictures as .npz for FID; no training")
+    parser.add_argument("--num", type=int, default=2000, help="pictures in --reference")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if unknown := set(arguments.only.split(",")) - set(MODELS):
+        parser.error(f"--only names {', '.join(sorted(unknown))}: choose from {', '.join(MODELS)}")
+    if arguments.reference:
+        write_reference(arguments.reference, arguments.num, arguments.seed)
+    elif arguments.picture:
+        draw_picture(arguments.picture, arguments.out, arguments.seed)
+    else:
+        for name in MODELS:
+            if name in arguments.only.split(","):
+                make_model(name, arguments.out, arguments.seed)
+                if arguments.official:
+                    save_official(name, arguments.out)
+
+
+def make_model(name: str, out: Path, seed: int) -> dict[str, float]:
+    """Train one model of MODELS into `out`/`name` and report what it reached beside what is expected."""
+    started = time.monotonic()
+    if name == "vq":
+        reached = make_vq(out / name, seed)
+    elif name == "clip":
+        reached = make_clip(out / name, seed, VQModel.from_pretrained(out / "vq"))
+    else:
+        reached = make_policy(out / name, seed, POLICIES[name], VQModel.from_pretrained(out / "vq"))
+    logger.info("%s: %.1f minutes", name, (time.monotonic() - started) / 60)
+    for quantity, value in reached.items():
+        logger.info("  %-28s %8.4f   expected %8.4f", quantity, value, EXPECTED[name].get(quantity, math.nan))
+    return reached
+
+
+def save_official(name: str, out: Path) -> None:
+    """Write `out`/`name`.pt in the official format; the toy CLIP has none."""
+    if name == "vq":
+        VQModel.from_pretrained(out / name).save_official(out / f"{name}.pt")
+    elif name in POLICIES:
+        LlamaGenForCausalLM.from_pretrained(out / name).save_official(out / f"{name}.pt")
+
+
+def make_vq(folder: Path, seed: int) -> dict[str, float]:
+    """Train the tokenizer on endless fresh pictures: L1 + L2 on pixels, the codebook's two losses."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    vq = VQModel(VQ_CONFIG)
+    optimizer = torch.optim.AdamW(vq.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
+    uses = torch.zeros(CODEBOOK_SIZE)
+    for step, bar in _training_steps("vq", VQ_STEPS, optimizer, VQ_RATE):
+        images = torch.from_numpy(world.draw_random_classes(VQ_BATCH, rng)[0]) * 2 - 1
+        output = vq(images)
+        error = output.reconstruction - images
+        loss = error.abs().mean() + error.square().mean() + output.codebook_loss + output.commitment_loss
+        _update(vq, optimizer, loss)
+        uses += torch.bincount(output.ids.flatten(), minlength=CODEBOOK_SIZE)
+        if (step < 40 and step % 5 == 4) or (step % 20 == 19 and step < RESTART_UNTIL * VQ_STEPS):
+            _restart_unused_codes(vq, images, uses)
+            uses.zero_()
+        bar.set_postfix(l1=f"{error.abs().mean().item() / 2:.4f}")
+    vq.eval()
+    vq.save_pretrained(folder)
+    halve(folder)
+    result = measure.measure_reconstruction(VQModel.from_pretrained(folder))
+    return {"l1": result.l1, "checker_accuracy": result.accuracy, "codes_used": result.codes_used}
+
+
+@torch.no_grad()
+def _restart_unused_codes(vq: VQModel, images: Tensor, uses: Tensor) -> None:
+    """Move codes that were not chosen since the last call onto features of the batch; a dead code gets no gradient."""
+    unused = (uses == 0).nonzero().flatten()
+    features = F.normalize(vq.encode_features(images), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # [B * T, E]
+    vq.quantize.embedding.weight[unused] = features[torch.randint(len(features), (len(unused),))]
+
+
+def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> dict[str, float]:
+    """Train a policy by maximum likelihood on codes, with condition dropout for guidance."""
+    name = folder.name
+    rng = np.random.default_rng([seed, 1])
+    torch.manual_seed(seed)
+    sequences = _code_pool(vq, POOL_SIZE, rng)  # [N, 1 + T]
+    policy = LlamaGenForCausalLM(recipe.config()).train()
+    matrices = [p for p in policy.parameters() if p.ndim >= 2]
+    vectors = [p for p in policy.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    running = None
+    for _, bar in _training_steps(name, recipe.steps, optimizer, recipe.learning_rate):
+        batch = sequences[torch.randint(len(sequences), (recipe.batch_size,))]  # [B, 1 + T]
+        batch[torch.rand(len(batch)) < LABEL_DROPOUT, 0] = policy.config.num_classes
+        loss = measure.code_cross_entropy(policy, batch)
+        _update(policy, optimizer, loss)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        bar.set_postfix(nats=f"{running:.4f}")
+    policy.eval()
+    policy.save_pretrained(folder)
+    halve(folder)
+    policy = LlamaGenForCausalLM.from_pretrained(folder).eval()
+    return {
+        "cross_entropy": measure.measure_cross_entropy(policy, vq),
+        **{
+            f"checker_accuracy_guidance_{scale:g}": measure.measure_accuracy(policy, vq, guidance_scale=scale)
+            for scale in (1.0, 2.0)
+        },
+    }
+
+
+def _code_pool(vq: VQModel, size: int, rng: np.random.Generator) -> Tensor:
+    """[label | codes] of freshly drawn pictures, int64 [size, 1 + T]."""
+    rows = []
+    for start in tqdm(range(0, size, 500), desc="encoding pictures", unit="batch"):
+        images, labels = world.draw_random_classes(min(500, size - start), rng)
+        rows.append(torch.cat([torch.from_numpy(labels)[:, None], measure.encode(vq, images)], dim=1))
+    return torch.cat(rows)
+
+
+def _training_steps(
+    name: str, steps: int, optimizer: torch.optim.Optimizer, peak_rate: float
+) -> Iterator[tuple[int, tqdm]]:
+    """Steps under a progress bar; sets the rate of each: linear warm-up, then a cosine to zero."""
+    with tqdm(range(steps), desc=f"training {name}", unit="step") as bar:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    peak_rate * min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+                )
+            yield step, bar
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def make_clip(folder: Path, seed: int, vq: VQModel) -> dict[str, float]:
+    """Train the toy CLIP: right pictures against the texts, and against pictures that match no text."""
+    rng = np.random.default_rng([seed, 2])
+    torch.manual_seed(seed)
+    tokenizer = clip.new_processor(folder).tokenizer
+    model = clip.new_clip(tokenizer).train()
+    pool = clip.PicturePool(vq, CLIP_POOL_SIZE, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    for _, bar in _training_steps("clip", CLIP_STEPS, optimizer, CLIP_RATE):
+        images, labels, spoilt = pool.batch(CLIP_BATCH, CLIP_BATCH)
+        image_emb = measure.embed_images(model, torch.cat([images, spoilt]))  # [2 B, E]
+        texts = tokenizer(clip.random_prompts(rng), padding=True, return_tensors="pt")
+        text_emb = F.normalize(model.get_text_features(**texts).pooler_output, dim=-1)  # [C, E]
+        scale = model.logit_scale.exp()
+        losses = clip.contrastive_loss(image_emb[:CLIP_BATCH], labels, image_emb[CLIP_BATCH:], text_emb, scale)
+        _update(model, optimizer, sum(losses) / 2)
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(clip.LARGEST_SCALE))
+        bar.set_postfix(to_text=f"{losses[0].item():.3f}", to_image=f"{losses[1].item():.3f}")
+    model.eval()
+    model.save_pretrained(folder)
+    halve(folder)
+    model = CLIPModel.from_pretrained(folder).eval()
+    return {
+        "zero_shot_drawn": measure.measure_zero_shot(model, tokenizer),
+        "zero_shot_decoded": measure.measure_zero_shot(model, tokenizer, vq),
+    }
+
+
+def halve(folder: Path) -> None:
+    """Store a folder's weights in float16; its config.json keeps float32, which is what they load as."""
+    path = folder / "model.safetensors"
+    checkpoints.save_safetensors({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+
+
+def write_reference(path: Path, num: int, seed: int) -> None:
+    """Write drawn pictures as FID's programs read them: arr_0, uint8 [num, S, S, 3], and their labels as arr_1."""
+    images, labels = world.draw_random_classes(num, np.random.default_rng([seed, 3]))
+    pixels = (images * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    partial = path.with_name(f".{path.name}.partial.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(partial, arr_0=pixels, arr_1=labels)
+    partial.replace(path)
+
+
+def draw_picture(path: Path, folder: Path, seed: int) -> None:
+    """A sheet of all classes: drawn, decoded from the drawing's codes, and sampled by the nano policy."""
+    vq = VQModel.from_pretrained(folder / "vq")
+    policy = LlamaGenForCausalLM.from_pretrained(folder / "gpt_nano").eval()
+    labels = torch.arange(len(world.CLASSES))
+    drawn = torch.from_numpy(world.draw_classes(labels.numpy(), np.random.default_rng([seed, 4])))
+    decoded = vq.decode(measure.encode(vq, drawn.numpy()))
+    sampled = measure.sample_images(policy, vq, labels, seed=seed)
+    kinds = {"drawn": drawn, "decoded from its codes": decoded, "sampled by gpt_nano, guidance 2": sampled}
+    half = len(labels) // 2
+    rows = [(title, images[part]) for part in (slice(half), slice(half, None)) for title, images in kinds.items()]
+    save_png(labelled_grid(torch.cat([images for _, images in rows]), [title for title, _ in rows]).quantize(256), path)
+
+
+if __name__ == "__main__":
+    main()

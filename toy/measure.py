@@ -1,0 +1,160 @@
+"""What the toy models are measured by, on freshly drawn pictures; shared by the training command and the tests."""
+
+# Legend: B images, T codes of an image, V codebook size, S image side in pixels
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from toy import checker, world
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from llamagen.modeling import LlamaGenForCausalLM
+    from llamagen.vq import VQModel
+
+# Pixel rule of the toy CLIP: the constants of the released CLIP, so that its image processor is the ordinary one.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PROMPT = "a photo of {}"
+
+HELD_OUT_SEED = 10_000  # training draws from other streams
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well the tokenizer keeps a picture."""
+
+    l1: float  # mean absolute error of pixels in [0, 1]
+    accuracy: float  # share whose class the checker still reads
+    drawn_accuracy: float  # the same before the tokenizer
+    codes_used: int
+
+
+def measure_reconstruction(vq: VQModel, num: int = 512, seed: int = HELD_OUT_SEED) -> Reconstruction:
+    """Reconstruction error on `num` fresh pictures."""
+    images, labels = world.draw_random_classes(num, np.random.default_rng(seed))
+    codes = encode(vq, images)
+    decoded = vq.decode(codes).numpy()
+    return Reconstruction(
+        l1=float(np.abs(decoded - images).mean()),
+        accuracy=float(checker.check_class(decoded, labels).mean()),
+        drawn_accuracy=float(checker.check_class(images, labels).mean()),
+        codes_used=len(codes.unique()),
+    )
+
+
+def encode(vq: VQModel, images: np.ndarray) -> Tensor:
+    """Codes [B, T] of images [B, 3, S, S] in [0, 1]."""
+    return vq.encode(torch.from_numpy(images) * 2 - 1)
+
+
+@torch.no_grad()
+def measure_cross_entropy(policy: LlamaGenForCausalLM, vq: VQModel, num: int = 512, seed: int = HELD_OUT_SEED) -> float:
+    """Nats per code of `num` fresh pictures, given their class."""
+    images, labels = world.draw_random_classes(num, np.random.default_rng(seed))
+    sequences = torch.cat([torch.from_numpy(labels)[:, None], encode(vq, images)], dim=1)  # [B, 1 + T]
+    losses = [code_cross_entropy(policy, chunk).item() * len(chunk) for chunk in sequences.split(128)]
+    return sum(losses) / num
+
+
+def code_cross_entropy(policy: LlamaGenForCausalLM, sequences: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the codes in [label | codes], int64 [B, 1 + T]."""
+    logits = policy(input_ids=sequences[:, :-1]).logits  # [B, T, V]: position t predicts code t
+    return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+
+
+@torch.no_grad()
+def sample_images(
+    policy: LlamaGenForCausalLM, vq: VQModel, labels: Tensor, guidance_scale: float = 2.0, seed: int = 0
+) -> Tensor:
+    """Pictures [B, 3, S, S] in [0, 1] that a policy draws for labels [B]."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = policy.generate(labels[:, None], guidance_scale=guidance_scale, generator=generator)
+    return vq.decode(sequences[:, 1:])
+
+
+def measure_accuracy(
+    policy: LlamaGenForCausalLM, vq: VQModel, num: int = 480, guidance_scale: float = 2.0, seed: int = 0
+) -> float:
+    """Share of `num` samples, classes evenly spread, in which the checker reads the class that was asked for."""
+    labels = torch.arange(num) % len(world.CLASSES)
+    images = sample_images(policy, vq, labels, guidance_scale, seed)
+    return float(checker.check_class(images.numpy(), labels).mean())
+
+
+@torch.no_grad()
+def clip_similarity(clip: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, prompts: list[str]) -> Tensor:
+    """Cosine [B, N] of images [B, 3, S, S] in [0, 1] and N prompts."""
+    texts = tokenizer(prompts, padding=True, return_tensors="pt")
+    text_emb = F.normalize(clip.get_text_features(**texts).pooler_output, dim=-1)  # [N, E]
+    image_emb = torch.cat([embed_images(clip, chunk) for chunk in images.split(256)])  # [B, E]
+    return image_emb @ text_emb.T
+
+
+def embed_images(clip: CLIPModel, images: Tensor) -> Tensor:
+    """Unit embeddings [B, E] of images [B, 3, S, S] in [0, 1]."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return F.normalize(clip.get_image_features(pixel_values=(images - mean) / std).pooler_output, dim=-1)
+
+
+def class_prompts() -> list[str]:
+    """The prompt of every class, in class order."""
+    return [PROMPT.format(name) for name in world.CLASS_NAMES]
+
+
+def measure_zero_shot(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, vq: VQModel | None = None, num: int = 512, seed: int = HELD_OUT_SEED
+) -> float:
+    """Share of `num` fresh pictures, decoded from their codes if `vq` is given, whose own prompt fits best."""
+    images, labels = world.draw_random_classes(num, np.random.default_rng(seed))
+    pictures = torch.from_numpy(images) if vq is None else vq.decode(encode(vq, images))
+    best = clip_similarity(clip, tokenizer, pictures, class_prompts()).argmax(1)
+    return float((best.numpy() == labels).mean())
+
+
+@dataclass(frozen=True)
+class RewardQuality:
+    """How far a CLIP score agrees with the checker on a policy's own samples."""
+
+    auc: float  # probability that a right sample scores above a wrong one
+    within_class_auc: float  # the same, over pairs of one class: what a group-normalised advantage sees
+    mean_right: float
+    mean_wrong: float
+
+
+def measure_reward(clip: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Tensor) -> RewardQuality:
+    """Compare the cosine to the asked prompt with the checker, over samples [B, 3, S, S] in [0, 1] of labels [B]."""
+    scores = clip_similarity(clip, tokenizer, images, class_prompts())[torch.arange(len(labels)), labels].numpy()
+    right = checker.check_class(images.numpy(), labels)
+    pairs = [_auc_counts(scores[of], right[of]) for of in _rows_by_class(labels.numpy())]
+    return RewardQuality(
+        auc=_ratio([_auc_counts(scores, right)]),
+        within_class_auc=_ratio(pairs),
+        mean_right=float(scores[right].mean()),
+        mean_wrong=float(scores[~right].mean()),
+    )
+
+
+def _rows_by_class(labels: np.ndarray) -> Iterator[np.ndarray]:
+    for label in np.unique(labels):
+        yield np.flatnonzero(labels == label)
+
+
+def _auc_counts(scores: np.ndarray, right: np.ndarray) -> tuple[float, int]:
+    """Pairs of a right and a wrong sample in which the right one scores higher (ties count half), and all pairs."""
+    difference = scores[right][:, None] - scores[~right][None, :]
+    return float((difference > 0).sum() + 0.5 * (difference == 0).sum()), difference.size
+
+
+def _ratio(counts: list[tuple[float, int]]) -> float:
+    total = sum(pairs for _, pairs in counts)
+    return sum(won for won, _ in counts) / total if total else float("nan")
