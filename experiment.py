@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +58,8 @@ def parse(argument_classes: list[type], description: str) -> tuple:
     arguments = parser.parse_args_and_config()
     level = logging.INFO if arguments[-2].process_index == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    # transformers renames options that TRL still sets by their old names: nothing that a user of this script could do
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for chatty in ("httpx", "datasets", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -97,7 +100,7 @@ def build_trainer(
     model_config: ModelConfig,
     text_encoder=None,
 ) -> ImgGenGRPOTrainer:
-    """Check what can be checked, then load judges, policy and tokenizer, in the order of their price.
+    """Check what can be checked, then load policy, tokenizer and judges, in the order of their price.
 
     Args:
         task: what the policy must be.
@@ -110,11 +113,11 @@ def build_trainer(
     logger.info(describe_batch(config))
     _refuse_to_overwrite(config)
     dataset: Dataset = make_dataset(count_prompts(config), read_policy_config(model_config, policy_arguments, task))
-    rewards = build_rewards(weights=config.reward_weights, device=config.device, arguments=reward_arguments)
-    logger.info("rewards:\n%s", rewards.describe())
     with config.main_process_first(desc="converting the policy"):
         policy = load_policy(model_config, policy_arguments, task, config.output_dir)
     vq = load_vq(policy_arguments).to(config.device)
+    rewards = build_rewards(weights=config.reward_weights, device=config.device, arguments=reward_arguments)
+    logger.info("rewards:\n%s", rewards.describe())
     if model_config.use_peft and model_config.lora_target_modules is None:
         model_config.lora_target_modules = LORA_MODULES
     return ImgGenGRPOTrainer(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reward_utils.arguments import ScorerArguments
-from reward_utils.images import ImageMemo
+from reward_utils.images import ImageMemo, check_images
 from reward_utils.registry import SCORERS, build_scorers, unknown_name
 from reward_utils.remote import parse_remote
 from reward_utils.scorer import Scorer, check_prompts
@@ -129,7 +129,7 @@ def build_rewards(
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"{len(weights)} reward_weights for {len(names)} rewards ({', '.join(names)}): give one each")
     known = [*SCORERS, *parse_remote(arguments.remote_rewards)]
-    for name in names:
+    for name in [*names, *(arguments.reward_scales or {}), *(arguments.reward_steps or {})]:
         if base_name(name) not in known:
             raise unknown_name(name, [*known, *(base + QUANTIZED for base in ("clip", "hpsv2", "maniqa"))])
     scorers = build_scorers([base_name(name) for name in names], arguments)
@@ -235,11 +235,17 @@ class RewardSuite(list):
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def score(self, images: Tensor, prompts: list[str], metadata: list | None = None) -> dict[str, list[float | None]]:
-        """Raw scores of every judge, by its name; the same images are scored once."""
+        """Raw scores of every judge, by its name; the same images are scored once.
+
+        Raises:
+            ValueError: if the images are not [B, 3, H, W] in [0, 1] or the prompts do not fit.
+        """
+        check_images(images, "rewards")
         return self._memo.get(images, _batch_key(prompts, metadata), lambda: self._score(images, prompts, metadata))
 
     def prefetch(self, images: Tensor, prompts: list[str], metadata: list | None = None) -> None:
         """Start the judges that wait for servers, and return; `score` then collects their answers."""
+        check_images(images, "rewards")
         self._requests(images, prompts, metadata)
 
     def _requests(self, images: Tensor, prompts: list[str], metadata: list | None) -> dict[str, Future]:
@@ -365,8 +371,10 @@ class RewardFunction:
 def _build_function(name: str, suite: RewardSuite, arguments: RewardArguments) -> RewardFunction:
     base = base_name(name)
     if name.endswith(QUANTIZED):
-        given = (arguments.reward_steps or {}).get(base)
-        transform = Steps() if given is None else Steps(tuple(given["thresholds"]), tuple(given["values"]))
+        given = (arguments.reward_steps or {}).get(base, {})
+        if given and set(given) != {"thresholds", "values"}:
+            raise ValueError(f"reward_steps of {base} has {sorted(given)}: expected thresholds and values")
+        transform = Steps(**{key: tuple(float(number) for number in numbers) for key, numbers in given.items()})
         stairs = [f"{value:g} from {start:g}" for start, value in zip(transform.thresholds, transform.values[1:])]
         rule = f"{transform.values[0]:g}, " + ", ".join(stairs)
     else:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -115,6 +115,8 @@ class ImgGenGRPOConfig(GRPOConfig):
             )
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
         super().__post_init__()
         for option, only in FIXED_OPTIONS.items():
             if (given := getattr(self, option)) != only:
@@ -187,6 +189,9 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         self._rollout_images: Tensor | None = None  # [B, 3, H, W], of the last rollout
         self._replayed_logps: Tensor | None = None  # [B, T], of the last forward of the update
         self.add_callback(StopAfterSignal(self))
+        for printing in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(printing) is not None:
+                self.add_callback(ShortProgressBar if not args.disable_tqdm else ShortLines)
         if args.image_grid_steps > 0:
             self.add_callback(ImageGridCallback(self))
 
@@ -453,6 +458,28 @@ class ImageGridCallback(TrainerCallback):
             if name in report_to:
                 backend = __import__(name)
                 backend.log({"rollouts/fixed_prompts": backend.Image(np.asarray(picture))})
+
+
+class ShortProgressBar(ProgressCallback):
+    """The step, and beside it the numbers one watches; all others are in the logger and in trainer_state.json."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(watched_numbers(logs))
+
+
+class ShortLines(TrainerCallback):
+    """The same numbers as a line each, for logs without a progress bar."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            numbers = ", ".join(f"{name} {value}" for name, value in watched_numbers(logs).items())
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, numbers)
+
+
+def watched_numbers(logs: dict[str, float]) -> dict[str, str]:
+    """The few of a step's metrics that say whether it goes well."""
+    return {name: f"{logs[name]:.3g}" for name in ("reward", "kl", "entropy") if logs.get(name) is not None}
 
 
 class StopAfterSignal(TrainerCallback):

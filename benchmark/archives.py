@@ -77,8 +77,6 @@ class ImageArchive:
                 batch = np.empty((min(batch_size, num_images - start), height, width, 3), np.uint8)
                 self._fill(stream, batch)
                 yield batch
-            if stream.read(1):  # reaching the end is also what makes zipfile compare the checksum
-                raise ValueError(f"{self.path}: more data than its header announces; write the file again")
 
     def _read_shape(self, archive: zipfile.ZipFile) -> tuple[int, int, int]:
         with archive.open(IMAGES_MEMBER) as stream:

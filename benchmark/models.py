@@ -1,4 +1,4 @@
-"""The models that an evaluation names: a policy of a run, a released file or folder, and the tokenizer it draws with."""
+"""The models that an evaluation names: the policy of a run, a file or a folder, and the tokenizer it draws with."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find_policy(model_name: str, step: str, base_policy: str | Path, runs: str |
         candidate = checkpoints[max(checkpoints)]
     if not candidate.is_dir():
         steps = ", ".join(map(str, sorted(checkpoints))) or "none"
-        raise FileNotFoundError(f"{path} has no {candidate.name}: its checkpoints are {steps}; '{LAST}', '{FINAL}' work")
+        raise FileNotFoundError(f"{path} has no {candidate.name}; checkpoints there: {steps} ('{LAST}' is the newest)")
     return candidate
 
 
@@ -95,7 +95,8 @@ def tokenizer_of_run(policy_path: Path) -> str | None:
     """The tokenizer that a run trained with, from the settings.json beside its checkpoints; None if there is none."""
     for folder in (policy_path, *policy_path.parents[:1]):
         if (settings := folder / "settings.json").is_file():
-            return json.loads(settings.read_text())["arguments"]["PolicyArguments"]["vq_path"]
+            arguments = json.loads(settings.read_text()).get("arguments", {})
+            return arguments.get("PolicyArguments", {}).get("vq_path")
     return None
 
 

@@ -25,6 +25,7 @@ import logging
 import math
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -249,6 +250,8 @@ def _scalar_row(name: str, curve: Curve) -> str:
 
 def _settings(run: Run) -> str:
     flat = _flatten({key: value for key, value in run.settings.items() if key != "versions"})
+    if isinstance(command := run.settings.get("command"), list):
+        flat["command"] = shlex.join(map(str, command))
     rows = [
         _row(name, "(hidden)" if SECRET.search(name) and value != "None" else value) for name, value in flat.items()
     ]

@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
+from tqdm import tqdm
 
-from benchmark.archives import write_images, write_json
+from benchmark.archives import ImageArchive, write_images, write_json
 from benchmark.models import BASE, find_policy, fingerprint, load_policy, load_tokenizer, tokenizer_of_run
 from benchmark.sampling import (
     DrawSettings,
@@ -45,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BASE = "weights/c2i_B_256.pt"
 DEFAULT_VQ = "weights/vq_ds16_c2i.pt"
-PRECISIONS = ("float32", "bfloat16")
+PARTS_SUFFIX = ".parts"  # of the folder of units beside the .npz
+DTYPES = ("float32", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     share = Share.from_environment()
     logging.basicConfig(level=logging.INFO if share.rank == 0 else logging.ERROR, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()
     try:
         sample_classes(options, share)
     except (ValueError, OSError, ImportError) as error:
@@ -69,48 +73,45 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
     device = pick_device(options.device)
     policy_path, policy, vq = load_models(options, device)
     labels = pick_classes(options.classes, policy.config.num_classes)
-    draw_settings = DrawSettings(**{field.name: getattr(options, field.name) for field in _draw_fields()})
-    if options.precision is None:
-        draw_settings = dataclasses.replace(draw_settings, precision="bfloat16" if device.type == "cuda" else "float32")
+    draw_settings = read_draw_settings(options, device)
     native_size = policy.config.grid_size * vq.config.downsample_factor
     size = options.output_size or min(native_size, FID_SIZE)
 
     units = [Unit(label, options.num_per_class) for label in labels]
+    rows = shuffled_rows(units)
     settings = {
         "policy_sha256": fingerprint(policy_path),
         "vq_sha256": fingerprint(_vq_path(options, policy_path)),
         "seed": options.seed,
         "num_per_class": options.num_per_class,
-        "classes": labels,
+        "classes": "all" if options.classes is None else labels,
         "output_size": size,
         "device_type": device.type,
         **dataclasses.asdict(draw_settings),
     }
     output = options.output or Path("test_results") / f"{_job_name(options, policy_path)}.npz"
-    record = output.with_suffix(".json")
-    if output.is_file() and record.is_file():
-        check_same_settings(json.loads(record.read_text())["settings"], settings, output)
+    if _is_done(output, settings):
         logger.info("%s is there already", output)
-        return output
+    else:
+        folder = UnitFolder(output.with_suffix(PARTS_SUFFIX), units, settings)
 
-    folder = UnitFolder(output.with_suffix(".parts"), units, settings)
+        def draw(unit: Unit) -> np.ndarray:
+            batches = draw_class(policy, vq, unit.condition, unit.num_images, options.seed, draw_settings)
+            return np.concatenate([fid_samples(raw, size) for raw in batches])
 
-    def draw(unit: Unit) -> np.ndarray:
-        batches = draw_class(policy, vq, unit.condition, unit.num_images, options.seed, draw_settings)
-        return np.concatenate([fid_samples(raw, size) for raw in batches])
-
-    draw_units(folder, draw, share)
-    if options.png:
-        _write_pngs(folder, units[share.rank :: share.world_size], output.with_suffix(""))
-    if share.rank > 0:
-        return output
-    wait_for_units(folder)
-    rows = shuffled_rows(units)
-    write_images(output, (len(rows), size, size), merged_images(folder, rows), [unit.condition for unit, _ in rows])
-    write_json(record, _describe(options, policy_path, device, native_size, settings))
-    if not options.keep_parts:
-        folder.remove()
-    logger.info("wrote %s: %d images of %d classes, %d x %d", output, len(rows), len(units), size, size)
+        draw_units(folder, draw, share)
+        if share.rank == 0:
+            wait_for_units(folder)
+            record = _describe(options, policy_path, device, settings)
+            write_json(_record_of(output), record | {"num_images": len(rows), "native_size": native_size})
+            labels_of_rows = [unit.condition for unit, _ in rows]
+            write_images(output, (len(rows), size, size), merged_images(folder, rows), labels_of_rows)  # comes last
+            logger.info("wrote %s: %d images of %d classes, %d x %d", output, len(rows), len(units), size, size)
+    if share.rank == 0:
+        if options.png:
+            _write_pngs(output, rows)
+        if not options.keep_parts and (parts := output.with_suffix(PARTS_SUFFIX)).is_dir():
+            UnitFolder(parts, units, settings).remove()
     return output
 
 
@@ -135,7 +136,7 @@ def add_draw_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser)
     group.add_argument("--top_p", type=float, default=1.0, help="probability that is kept; 1: all (1.0)")
     group.add_argument("--seed", type=int, default=0, help="(0)")
     group.add_argument("--batch_size", type=int, default=50, help="images at once; changes samples in rounding (50)")
-    group.add_argument("--precision", choices=PRECISIONS, help="bfloat16 is autocast; by default it is used on GPUs")
+    group.add_argument("--dtype", choices=DTYPES, help="bfloat16 is autocast; the default on GPUs")
     group.add_argument("--device", help="cuda or cpu; by default a GPU if there is one")
 
 
@@ -147,15 +148,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--num_per_class", type=int, default=50, help="images of each class (50)")
     command.add_argument("--classes", type=int, nargs="+", help="class ids; by default all")
     command.add_argument("--output_size", type=int, help="side in pixels; by default the policy's own, at most 256")
-    command.add_argument("--output", type=Path, help="the .npz; by default test_results/ and a name of model and options")
+    command.add_argument(
+        "--output", type=Path, help="the .npz; by default test_results/ and a name of model and options"
+    )
     command.add_argument("--png", action="store_true", help="also write every image as a PNG")
     command.add_argument("--keep_parts", action="store_true", help="keep the units after they are merged")
     return command
 
 
-def load_models(
-    options: argparse.Namespace, device: torch.device
-) -> tuple[Path, LlamaGenForCausalLM, VQModel]:
+def load_models(options: argparse.Namespace, device: torch.device) -> tuple[Path, LlamaGenForCausalLM, VQModel]:
     """(path of the policy, policy, tokenizer) that the model arguments name, on `device`.
 
     Raises:
@@ -170,6 +171,13 @@ def load_models(
             "one it was trained with as --vq_path"
         )
     return policy_path, policy.to(device), vq.to(device)
+
+
+def read_draw_settings(options: argparse.Namespace, device: torch.device) -> DrawSettings:
+    """The draw arguments; weights stay float32, but a GPU computes in bfloat16 by default, as in training."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawSettings)}
+    given["dtype"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return DrawSettings(**given)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -189,12 +197,24 @@ def pick_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
     return labels
 
 
-def _draw_fields() -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(DrawSettings)
-
-
 def _vq_path(options: argparse.Namespace, policy_path: Path) -> str:
     return options.vq_path or tokenizer_of_run(policy_path) or DEFAULT_VQ
+
+
+def _is_done(output: Path, settings: dict) -> bool:
+    """Whether the samples are there; raises ValueError if something else is."""
+    if output.suffix != ".npz":
+        raise ValueError(f"--output {output}: the samples are an .npz file, so give it that ending")
+    if not output.is_file():
+        return False
+    if not (record := _record_of(output)).is_file():
+        raise ValueError(f"{output} is there without its {record.name}, so it is not ours: choose another --output")
+    check_same_settings(json.loads(record.read_text())["settings"], settings, output)
+    return True
+
+
+def _record_of(output: Path) -> Path:
+    return output.with_suffix(".json")
 
 
 def _job_name(options: argparse.Namespace, policy_path: Path) -> str:
@@ -203,19 +223,17 @@ def _job_name(options: argparse.Namespace, policy_path: Path) -> str:
     return f"{model}-cfg-{options.guidance_scale:g}-seed-{options.seed}"
 
 
-def _write_pngs(folder: UnitFolder, units: Sequence[Unit], target: Path) -> None:
-    for unit in units:
-        for index, image in enumerate(folder.read(unit)):
-            path = target / f"{unit.condition:04d}" / f"{index:05d}.png"
-            if not path.is_file():
-                save_png(Image.fromarray(image), path)
+def _write_pngs(archive: Path, rows: Sequence[tuple[Unit, int]]) -> None:
+    """Every image of the .npz as NAME/CLASS/INDEX.png."""
+    images = ImageArchive(archive).batches(1)
+    for (unit, index), image in zip(rows, tqdm(images, total=len(rows), desc="writing PNGs", unit="image")):
+        save_png(Image.fromarray(image[0]), archive.with_suffix("") / f"{unit.condition:04d}" / f"{index:05d}.png")
 
 
-def _describe(
-    options: argparse.Namespace, policy_path: Path, device: torch.device, native_size: int, settings: dict
-) -> dict:
+def _describe(options: argparse.Namespace, policy_path: Path, device: torch.device, settings: dict) -> dict:
     """What the .json beside the samples says."""
-    packages = ("torch", "transformers", "numpy")
+    packages = ("transformers", "numpy")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "model": options.model,
         "step": options.step,
@@ -223,13 +241,11 @@ def _describe(
         "vq": _vq_path(options, policy_path),
         "guidance_scale": options.guidance_scale,
         "seed": options.seed,
-        "num_images": options.num_per_class * len(settings["classes"]),
-        "precision": settings["precision"],
-        "native_size": native_size,
+        "dtype": settings["dtype"],
         "pixels": "trunc(clamp(127.5 x + 128, 0, 255)) after bicubic resizing without antialiasing",
         "rows": "shuffled by a hash of class and index; arr_1 holds the class of each row",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": versions | {name: metadata.version(name) for name in packages},
         "settings": settings,
     }
 

@@ -74,7 +74,7 @@ class DrawSettings:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int = 50
-    precision: str = "float32"  # or "bfloat16": autocast over float32 weights
+    dtype: str = "float32"  # or "bfloat16": autocast over float32 weights
 
 
 class UnitFolder:
@@ -136,7 +136,7 @@ class UnitFolder:
         self.path.rmdir()
 
 
-def draw_units(folder: UnitFolder, draw: Callable[[Unit], np.ndarray], share: Share = Share()) -> None:  # noqa: B008
+def draw_units(folder: UnitFolder, draw: Callable[[Unit], np.ndarray], share: Share) -> None:
     """Draw and keep the missing units of this process's share.
 
     Args:
@@ -145,11 +145,12 @@ def draw_units(folder: UnitFolder, draw: Callable[[Unit], np.ndarray], share: Sh
         share: which units are ours.
     """
     ours = folder.units[share.rank :: share.world_size]
-    with tqdm(total=sum(unit.num_images for unit in ours), desc="sampling", unit="image", disable=share.rank > 0) as bar:
-        for unit in ours:
-            if unit not in folder:
-                folder.write(unit, draw(unit))
-            bar.update(unit.num_images)
+    todo = [unit for unit in ours if unit not in folder]
+    total, left = (sum(unit.num_images for unit in units) for units in (ours, todo))
+    with tqdm(total=total, initial=total - left, desc="sampling", unit="image", disable=share.rank > 0) as progress:
+        for unit in todo:
+            folder.write(unit, draw(unit))
+            progress.update(unit.num_images)
 
 
 def wait_for_units(folder: UnitFolder, patience_s: float = PATIENCE_S) -> None:
@@ -215,7 +216,7 @@ def draw_raw(
     for start in range(0, len(input_ids), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[rows]]
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             sequences = policy.generate(
                 input_ids[rows].to(device),
                 attention_mask=None if attention_mask is None else attention_mask[rows].to(device),

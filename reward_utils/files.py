@@ -79,8 +79,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], path: str | Path, what: str) -> None:
-    """`load_state_dict`, or ValueError naming the first differences."""
-    missing, unexpected = module.load_state_dict(weights, strict=False)
+    """`load_state_dict`, or ValueError naming the first differences in names or sizes."""
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # sizes differ
+        raise ValueError(f"{path} is not {what}: {str(error).splitlines()[1].strip()}") from None
     if missing or unexpected:
         raise ValueError(
             f"{path} is not {what}: missing {list(missing)[:3]} ({len(missing)}), "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -76,7 +79,8 @@ class HPSv2Network(Network):
         import open_clip
 
         options = {"load_weights": False, "pretrained_text": False, "precision": "fp32"}
-        module = open_clip.create_model(self.architecture, **options)
+        with quiet_open_clip():
+            module = open_clip.create_model(self.architecture, **options)
         load_strictly(module, load_weights(self.weights), self.weights, f"an HPSv2 model on {self.architecture}")
         self._tokenizer = open_clip.get_tokenizer(self.architecture)
         return module
@@ -107,3 +111,14 @@ def fit_and_pad(pixels: Tensor, side: int) -> Tensor:
     mean = torch.tensor(OPENAI_DATASET_MEAN, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(OPENAI_DATASET_STD, device=pixels.device).view(3, 1, 1)
     return (pixels - mean) / std
+
+
+@contextlib.contextmanager
+def quiet_open_clip() -> Iterator[None]:
+    """Without open_clip's warnings that the weights are random: they are loaded next."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)

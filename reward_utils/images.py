@@ -20,29 +20,38 @@ ENCODER_THREADS = 8  # PNG and JPEG compression runs outside the interpreter loc
 class ImageMemo:
     """Results computed from one image tensor; forgotten when another tensor comes, pixels change or it is freed.
 
-    A lock makes a second thread wait for a result that the first one is computing.
+    Threads may ask at once: who asks for a result that is being computed waits for it, others go on.
     """
 
     def __init__(self):
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._images: weakref.ref | None = None
         self._version = 0
-        self._results: dict = {}
+        self._results: dict[object, _Result] = {}
 
     def get(self, images: Tensor, key: object, compute: Callable[[], object]) -> object:
         """The result called `key` (hashable) for these images, from `compute()` if it is not there yet."""
+        version = 0 if images.is_inference() else images._version  # inference tensors carry no version
         with self._lock:
-            version = 0 if images.is_inference() else images._version  # inference tensors carry no version
             if self._images is None or self._images() is not images or self._version != version:
                 self._results = {}
                 self._images, self._version = weakref.ref(images, self._forget), version
-            if key not in self._results:
-                self._results[key] = compute()
-            return self._results[key]
+            result = self._results.setdefault(key, _Result())
+        with result.lock:
+            if not result.computed:
+                result.value, result.computed = compute(), True
+        return result.value
 
     def _forget(self, images: weakref.ref) -> None:
         if self._images is images:
             self._images, self._results = None, {}
+
+
+class _Result:
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.computed = False
+        self.value: object = None
 
 
 _shared = ImageMemo()  # the pixels of the batch at hand, for all judges

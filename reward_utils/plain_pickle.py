@@ -7,6 +7,7 @@ import pickle
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 MAX_DEPTH = 16
+MAX_VALUES = 1_000_000
 
 
 def dumps(value: object) -> bytes:
@@ -41,19 +42,22 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to data outside of it")
 
 
-def _check(value: object, place: str, error: type[Exception], depth: int = 0) -> None:
-    kind = type(value)
-    if depth > MAX_DEPTH:
-        raise error(f"{place} is nested deeper than {MAX_DEPTH}")
-    if kind is list:
-        for index, item in enumerate(value):
-            _check(item, f"{place}[{index}]", error, depth + 1)
-    elif kind is dict:
-        for key, item in value.items():
-            if type(key) is not str:
-                raise error(f"{place} has a key of type {type(key).__name__}, expected str")
-            _check(item, f"{place}[{key!r}]", error, depth + 1)
-    elif kind not in PLAIN:
-        raise error(
-            f"{place} is a {kind.__module__}.{kind.__qualname__}, expected numbers, strings, bytes, lists, dicts"
-        )
+def _check(root: object, name: str, error: type[Exception]) -> None:
+    """Raise `error` unless everything below `root` is plain; lists that hold each other count as often as seen."""
+    todo = [(root, name, 0)]
+    seen = 0
+    while todo:
+        value, place, depth = todo.pop()
+        kind, seen = type(value), seen + 1
+        if depth > MAX_DEPTH or seen > MAX_VALUES:
+            raise error(f"{name} is nested deeper than {MAX_DEPTH} or holds more than {MAX_VALUES} values")
+        if kind is list:
+            todo += [(item, f"{place}[{index}]", depth + 1) for index, item in enumerate(value)]
+        elif kind is dict:
+            for key in value:
+                if type(key) is not str:
+                    raise error(f"{place} has a key of type {type(key).__name__}, expected str")
+            todo += [(item, f"{place}[{key!r}]", depth + 1) for key, item in value.items()]
+        elif kind not in PLAIN:
+            found = f"{kind.__module__}.{kind.__qualname__}"
+            raise error(f"{place} is a {found}, expected a number, string, bytes, list or dict")

@@ -179,10 +179,14 @@ class TextFeatures:
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, texts: list[str], encode: Callable[[list[str]], Tensor], device: torch.device) -> Tensor:
-        """Rows [B, E] for B texts on `device`; `encode` gets the distinct new ones and returns [number, E]."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._features]
-        if new:
-            self._features.update(zip(new, encode(new), strict=True))
+        """Rows [B, E] for B texts on `device`; `encode` gets each new text alone and returns [1, E].
+
+        Alone, because the last digits of a row depend on the shape of its batch: a resumed run, whose memory is empty,
+        would else see other rewards than the run that it continues.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self._features:
+                self._features[text] = encode([text])[0]
         rows = []
         for text in texts:
             self._features.move_to_end(text)

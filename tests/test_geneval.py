@@ -223,10 +223,22 @@ def test_image_is_resized_as_the_official_detector_does():
     # worked by hand: 800 / 300 > 1333 / 1000, so the longer side decides; 300 * 1.333 = 399.9
     assert prepare_image(_picture(1000, 300)).shape == (3, 400, 1333)
     assert prepare_image(_picture(256, 256)).shape == (3, 800, 800)
-    # [0, 100] stretched from 2 to 4 pixels, bilinear with half-pixel centres: 0, 25, 75, 100
-    ramp = Image.fromarray(np.array([[[0] * 3, [100] * 3]] * 2, dtype=np.uint8))
+    # [0, 101] stretched from 2 to 4 pixels, bilinear with half-pixel centres: 0, 25.25, 75.75, 101, in whole levels
+    ramp = Image.fromarray(np.array([[[0] * 3, [101] * 3]] * 2, dtype=np.uint8))
     red = prepare_image(ramp, 4, 4)[0] * 58.395 + 123.675
-    assert red[0].tolist() == pytest.approx([0, 25, 75, 100], abs=1e-3)
+    assert red[0].tolist() == pytest.approx([0, 25, 76, 101], abs=1e-3)
+
+
+def test_detector_sees_zeros_up_to_a_multiple_of_32(tiny_detector):
+    detector = InstanceDetector(NAMES, tiny_detector, short_edge=50, device="cpu")
+    seen = []
+    detector._model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    detector([_picture(40, 20)])
+    assert [pixels.shape for pixels in seen] == [(1, 3, 64, 128)]  # 50 x 100 before
+    assert seen[0][:, :, 50:].abs().sum() == seen[0][..., 100:].abs().sum() == 0
+    assert (seen[0][:, :, :50, :100] != 0).any(dim=1).all()
 
 
 def test_detector_does_the_same_alone_and_in_a_batch_of_mixed_sizes(tiny_detector):

@@ -29,7 +29,7 @@ LOG = [
         "entropy": 5.0 - 0.1 * step,
         "grad_norm": float("inf") if step == 4 else 1.5,
         "speed/images_per_s": 40.0 + step,
-        "text/<b>odd</b>": 1.0 * step,
+        "text/<i>odd</i>": 1.0 * step,
     }
     for step in range(1, 9)
 ] + [{"step": 8, "train_runtime": 12.5, "note": "not a number"}]
@@ -49,7 +49,13 @@ def run_dir(tmp_path: Path) -> Path:
     Image.new("RGB", (700, 8), "green").save(folder / "before_after.png")
     summary = {"reward_before": 0.25, "reward_after": 1.75, "kl": 0.008, "steps": 8, "seconds_train": 252.0}
     (folder / "summary.json").write_text(json.dumps(summary))
-    settings = {"prompt": HOSTILE, "guidance_scale": 2.0, "judge": {"api_key": "sk-42"}, "versions": {"torch": "9.9.9"}}
+    settings = {
+        "prompt": HOSTILE,
+        "guidance_scale": 2.0,
+        "command": ["train.py", "a b"],
+        "judge": {"api_key": "sk-42"},
+        "versions": {"torch": "9.9.9"},
+    }
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
 
@@ -123,7 +129,7 @@ def test_text_of_the_run_is_escaped_and_keys_are_hidden(run_dir):
     page = _Page(source)
     assert HOSTILE not in source and html.escape(HOSTILE) in source
     assert sum(tag == "script" for tag, _ in page.tags) == 1
-    assert not any(tag == "run" for tag, _ in page.tags)
+    assert not any(tag in ("run", "i") for tag, _ in page.tags)
     assert "AR-GRPO run: toy <run>" in page.text
     assert "sk-42" not in source and "(hidden)" in page.text
 
@@ -133,6 +139,7 @@ def test_numbers_settings_and_versions_are_spelled_out(run_dir):
     assert "0.25 → 1.75" in text and "+1.5" in text
     assert text[text.index("time, train") + 1] == "4 min 12 s"
     assert text[text.index("guidance_scale") + 1] == "2.0"
+    assert text[text.index("command") + 1] == "train.py 'a b'"
     assert text[text.index("torch") + 1] == "9.9.9" and "As the run wrote them down." in text
 
 

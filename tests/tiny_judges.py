@@ -1,72 +1,40 @@
 """Tiny judges with random weights, saved in the formats of the real ones, for tests without downloads."""
 
-import string
-from pathlib import Path
+from benchmark.speed.random_judges import (
+    MANIQA_SIZES,
+    official_vit,
+    pictures,
+    pyiqa_maniqa,
+    save_aesthetic_head,
+    save_clip,
+    save_image_reward,
+    save_maniqa,
+    save_ocr,
+    save_open_clip,
+    save_qwen,
+    words,
+)
 
-import torch
-
-
-def pictures(count: int = 3, height: int = 40, width: int | None = None, seed: int = 0) -> torch.Tensor:
-    """Smooth random pictures [count, 3, height, width] in [0, 1], with a little noise, as a decoder makes them."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 4, 4, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, (height, width or height), mode="bicubic")
-    noise = 0.02 * torch.randn(smooth.shape, generator=generator)
-    return (smooth + noise).clamp(0, 1)
-
-
-def save_clip(folder: Path, image_size: int = 32, seed: int = 0, projection_dim: int = 16) -> Path:
-    """A CLIP of two tiny towers in a Hugging Face folder: config, safetensors, tokenizer, image processor."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    torch.manual_seed(seed)
-    tokenizer = clip_tokenizer()
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 77,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": image_size,
-        "patch_size": 8,
-    }
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim))
-    _spread(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"height": image_size, "width": image_size}
-    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(folder)
-    return folder
+__all__ = [
+    "official_vit",
+    "pictures",
+    "pyiqa_maniqa",
+    "save_aesthetic_head",
+    "save_clip",
+    "save_image_reward",
+    "save_maniqa",
+    "save_ocr",
+    "save_open_clip",
+    "save_qwen",
+    "shrink_maniqa",
+    "words",
+]
 
 
-def clip_tokenizer():
-    """CLIP's tokenizer with letters instead of merged words: 200-odd tokens."""
-    from transformers import CLIPTokenizer
+def shrink_maniqa(monkeypatch) -> None:
+    """MANIQA with all its parts, but 64 patches of width 48 instead of 784 of width 768."""
+    from reward_utils.maniqa import ManiqaNetwork
 
-    characters = [chr(code) for code in range(33, 127)]
-    tokens = characters + [character + "</w>" for character in characters]
-    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=[])
-
-
-def words(count: int) -> str:
-    """A text of `count` one-letter words."""
-    return " ".join(string.ascii_lowercase[index % 26] for index in range(count))
-
-
-def _spread(model: torch.nn.Module) -> None:
-    """Random weights large enough that different inputs get clearly different embeddings."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    sizes, vit_sizes = MANIQA_SIZES["tiny"]
+    monkeypatch.setattr(ManiqaNetwork, "sizes", sizes)
+    monkeypatch.setattr(ManiqaNetwork, "vit_sizes", vit_sizes)

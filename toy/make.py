@@ -29,7 +29,7 @@ from toy import clip, measure, world
 
 logger = logging.getLogger(__name__)
 
-CODEBOOK_SIZE = 256
+CODEBOOK_SIZE = 512
 VQ_CONFIG = VQConfig(
     codebook_size=CODEBOOK_SIZE,
     codebook_embed_dim=8,
@@ -38,7 +38,8 @@ VQ_CONFIG = VQConfig(
     decoder_channel_multipliers=(1, 1, 2),
     z_channels=64,
 )
-VQ_STEPS, VQ_BATCH, VQ_RATE = 900, 24, 1e-3
+VQ_STEPS, VQ_BATCH, VQ_RATE = 1600, 12, 2e-3
+OBJECT_WEIGHT = 6.0  # pixels of the object and its rim count this much more than the background's
 RESTART_UNTIL = 0.6  # share of the steps in which codes that nobody uses are moved onto features
 
 LABEL_DROPOUT = 0.1  # share of labels replaced by the null class, as LlamaGen trains
@@ -133,7 +134,7 @@ def save_official(name: str, out: Path) -> None:
 
 
 def make_vq(folder: Path, seed: int) -> dict[str, float]:
-    """Train the tokenizer on endless fresh pictures: L1 + L2 on pixels, the codebook's two losses."""
+    """Train the tokenizer on endless fresh pictures: weighted L1 + L2 on pixels, the two losses of the codebook."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     vq = VQModel(VQ_CONFIG)
@@ -143,7 +144,9 @@ def make_vq(folder: Path, seed: int) -> dict[str, float]:
         images = torch.from_numpy(world.draw_random_classes(VQ_BATCH, rng)[0]) * 2 - 1
         output = vq(images)
         error = output.reconstruction - images
-        loss = error.abs().mean() + error.square().mean() + output.codebook_loss + output.commitment_loss
+        weight = 1.0 if step < PLAIN_STEPS else 1.0 + (OBJECT_WEIGHT - 1.0) * _near_objects(images)
+        pixel_loss = (weight * (error.abs() + error.square())).mean() / torch.as_tensor(weight).mean()
+        loss = pixel_loss + output.codebook_loss + output.commitment_loss
         _update(vq, optimizer, loss)
         uses += torch.bincount(output.ids.flatten(), minlength=CODEBOOK_SIZE)
         if (step < 40 and step % 5 == 4) or (step % 20 == 19 and step < RESTART_UNTIL * VQ_STEPS):
@@ -155,6 +158,18 @@ def make_vq(folder: Path, seed: int) -> dict[str, float]:
     halve(folder)
     result = measure.measure_reconstruction(VQModel.from_pretrained(folder))
     return {"l1": result.l1, "checker_accuracy": result.accuracy, "codes_used": result.codes_used}
+
+
+def _pixel_weights(images: Tensor) -> Tensor:
+    """1 on the grey background and more on chromatic pixels and their neighbours, [B, 1, S, S]; images in [-1, 1]."""
+    chromatic = (images.amax(1, keepdim=True) - images.amin(1, keepdim=True) > 0.3).float()
+    return 1 + OBJECT_WEIGHT * F.max_pool2d(chromatic, 3, stride=1, padding=1)
+
+
+def _near_objects(images: Tensor) -> Tensor:
+    """1 within a pixel of chromatic pixels of [B, 3, S, S] in [-1, 1], else 0; [B, 1, S, S]."""
+    chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+    return F.max_pool2d((chroma > 0.3).float(), 3, stride=1, padding=1)
 
 
 @torch.no_grad()

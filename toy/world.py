@@ -26,13 +26,14 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "blue": (0.12, 0.30, 0.90),
     "purple": (0.60, 0.16, 0.76),
 }
-COLOUR_JITTER = 0.04  # half width of the uniform noise on each channel of an object's colour
+COLOUR_JITTER = 0.015  # half width of the uniform noise on each channel of an object's colour
 
-SIZE_RANGE = (0.165, 0.25)  # of the single object of a class picture: 5.3 to 8 px of 32
+SIZE_RANGE = (0.20, 0.28)  # of the single object of a class picture: 6.4 to 9 px of 32
+TILT = 0.35  # largest turn of a class object from upright, in radians
 MARGIN = 0.03  # between an object's circumscribed circle and the picture's edge
 GREY_RANGE = (0.10, 0.90)
-GREY_TINT = 0.04
-GREY_GRADIENT = 0.10  # largest change of a channel from one edge to the other
+GREY_TINT = 0.01
+GREY_GRADIENT = 0.04  # largest change of a channel from one edge to the other
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def class_scenes(labels: Sequence[int] | np.ndarray, rng: np.random.Generator) -
             colour=colour,
             centre=tuple(rng.uniform(room, 1.0 - room, 2)) if room < 0.5 else (0.5, 0.5),
             size=size,
-            angle=rng.uniform(0.0, math.tau),
+            angle=rng.uniform(-TILT, TILT),
             rgb=jitter_colour(colour, rng),
         )
         scenes.append(Scene((obj,), random_background(rng)))

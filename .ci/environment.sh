@@ -1,0 +1,29 @@
+# Sourced by quickstart.sh and run_tests.sh from the project's folder: makes .venv once and keeps it in step with
+# requirements.txt. Leaves the interpreter in $PYTHON and what the installation took in $SECONDS_INSTALL.
+# BASE_PYTHON chooses the interpreter that .venv is made from; VENV its folder.
+VENV=${VENV:-.venv}
+PYTHON=$VENV/bin/python
+_started=$SECONDS
+
+_find_python() {
+  for candidate in "${BASE_PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
+    if [[ -n $candidate ]] && command -v "$candidate" >/dev/null &&
+      "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "error: Python 3.11, 3.12 or 3.13 not found; install one or set BASE_PYTHON=/path/to/python3.11" >&2
+  return 1
+}
+
+_wanted=$(sha256sum requirements.txt | cut -d' ' -f1)
+if [[ "$(cat "$VENV/.requirements.sha256" 2>/dev/null)" != "$_wanted" ]]; then
+  echo "Installing into $VENV (once; a few minutes)"
+  [[ -x $PYTHON ]] || "$(_find_python)" -m venv "$VENV"
+  # bytecode is compiled for what is imported, not for everything that is installed
+  "$PYTHON" -m pip install --quiet --no-compile --requirement requirements.txt
+  "$PYTHON" -m pip check
+  echo "$_wanted" >"$VENV/.requirements.sha256"
+fi
+SECONDS_INSTALL=$((SECONDS - _started))

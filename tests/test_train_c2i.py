@@ -1,0 +1,176 @@
+"""The class-to-image script from its command line to its run folder, and what it says to wrong arguments."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_judges import save_clip
+
+import experiment
+import train_c2i
+from experiment import PolicyArguments, count_prompts, describe_batch
+from img_gen_grpo_trainer import ImgGenGRPOConfig
+from llamagen import LlamaGenForCausalLM, configuration
+from worlds import CLASS_NAMES, make_policy, make_vq
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Settings of a run in a tiny world that lies in `tmp_path` in the real formats."""
+    make_policy(tmp_path / "policy")
+    make_vq().save_pretrained(tmp_path / "vq")
+    save_clip(tmp_path / "clip")
+    (tmp_path / "names.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    return {
+        "model_name_or_path": str(tmp_path / "policy"),
+        "vq_path": str(tmp_path / "vq"),
+        "class_names": str(tmp_path / "names.txt"),
+        "reward_funcs": ["clip", "clip_quantized"],
+        "clip_model": str(tmp_path / "clip"),
+        "output_dir": str(tmp_path / "run"),
+        "samples_per_step": 16,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "image_grid_steps": 1,
+        "image_grid_prompts": 2,
+        "use_cpu": True,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_steps": 1,
+    }
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(settings, *options)` calls the script with a config file and more options."""
+
+    def call(settings, *options):
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        monkeypatch.setattr(sys, "argv", ["train_c2i.py", "--config", str(config), *options])
+        train_c2i.main()
+
+    return call
+
+
+def test_a_run_leaves_policy_state_settings_and_pictures(world, run, tmp_path):
+    run(world, "--beta", "0.2")
+    out = tmp_path / "run"
+    start, end = load_file(tmp_path / "policy/model.safetensors"), load_file(out / "final/model.safetensors")
+    assert set(start) == set(end) and any(not torch.equal(start[name], end[name]) for name in start)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["arguments"]["ImgGenGRPOConfig"]["beta"] == 0.2  # the command line overrules the config
+    assert settings["versions"]["trl"].startswith("1.16.")
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert {"rewards/clip/mean", "rewards/clip_quantized/mean", "rewards_raw/clip", "kl"} <= set(history[0])
+    assert history[0]["rewards/clip/mean"] == pytest.approx(5 * history[0]["rewards_raw/clip"], rel=1e-4)
+    assert len(list((out / "samples").glob("step-*.png"))) == 3
+
+
+def test_a_stopped_script_goes_on_from_its_last_checkpoint(world, run, tmp_path):
+    run({**world, "output_dir": str(tmp_path / "whole"), "max_steps": 3})
+    run({**world, "max_steps": 3})
+    for left_over in ("final", "checkpoint-3", "checkpoint-2"):  # as if it had been killed in step 2
+        for file in (tmp_path / "run" / left_over).iterdir():
+            file.unlink()
+        (tmp_path / "run" / left_over).rmdir()
+    run({**world, "max_steps": 3}, "--resume_from_checkpoint", "last")
+    whole, resumed = (load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_lora_through_trls_own_flags(world, run, tmp_path):
+    run(world, "--use_peft", "--lora_r", "4")
+    assert (tmp_path / "run/final/adapter_model.safetensors").exists()
+
+
+def test_an_official_file_is_converted_once_and_is_the_reference(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(configuration.GPT_SIZES, "GPT-B", (32, 1, 4))
+    config = configuration.LlamaGenConfig.preset("GPT-B")
+    policy = LlamaGenForCausalLM(config)
+    policy.save_official(tmp_path / "c2i_B_256.pt")
+    model = experiment.ModelConfig(model_name_or_path=str(tmp_path / "c2i_B_256.pt"))
+    loaded = experiment.load_policy(model, PolicyArguments(), "c2i", tmp_path / "run")
+    assert loaded.config._name_or_path == str(tmp_path / "run" / experiment.CONVERTED_POLICY)  # TRL's reference
+    for name, value in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_wrong_arguments_are_named_before_anything_is_drawn(world, run, tmp_path):
+    with pytest.raises(ValueError, match="per_device_train_batch_size can be 1, 2, 4, 8, 16"):
+        run(world, "--per_device_train_batch_size", "5")
+    with pytest.raises(ValueError, match="did you mean 'clip'"):
+        run({**world, "reward_funcs": ["clp"]})
+    with pytest.raises(ValueError, match="3 class names for a policy with 5 classes"):
+        (tmp_path / "names.txt").write_text("a\nb\nc\n")
+        run(world)
+    with pytest.raises(ValueError, match="set --max_steps"):
+        run(world, "--max_steps", "-1")
+    with pytest.raises(FileNotFoundError, match=r"hf download FoundationVision/LlamaGen c2i_B_256\.pt"):
+        run({**world, "model_name_or_path": str(tmp_path / "nowhere/c2i_B_256.pt"), "class_names": "imagenet"})
+    assert not (tmp_path / "run/samples").exists()
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(world, run):
+    run({**world, "max_steps": 1})
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        run({**world, "max_steps": 1})
+
+
+def test_a_text_policy_is_sent_to_the_other_script(world, run, tmp_path):
+    make_policy(tmp_path / "text", task="t2i", caption_dim=8, cls_token_num=4)
+    with pytest.raises(ValueError, match=r"train_t2i\.py"):
+        run({**world, "model_name_or_path": str(tmp_path / "text")})
+
+
+@pytest.mark.parametrize(
+    "settings, prompts",
+    [
+        ({"gradient_accumulation_steps": 2}, 40),  # 10 steps x 16 samples / 4 rollouts
+        ({"gradient_accumulation_steps": 2, "num_iterations": 2}, 20),
+        (
+            {"gradient_accumulation_steps": 1, "steps_per_generation": 4},
+            24,
+        ),  # 3 rollout phases of 32, the last half used
+    ],
+)
+def test_the_dataset_is_as_long_as_the_run(tmp_path, settings, prompts):
+    config = ImgGenGRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_steps=10,
+        use_cpu=True,
+        **settings,
+    )
+    assert count_prompts(config) == prompts
+
+
+def test_the_arithmetic_of_a_step_is_said_in_one_line(tmp_path):
+    config = ImgGenGRPOConfig(output_dir=str(tmp_path), samples_per_step=64, use_cpu=True)
+    assert "8 samples x 1 process(es) x 8 accumulation = 64 samples = 8 prompts x 8 rollouts" in describe_batch(config)
+
+
+def test_every_config_parses_and_holds_64_samples_a_step(monkeypatch):
+    from pathlib import Path
+
+    configs = sorted((Path(__file__).parent.parent / "configs").glob("c2i_*.yaml"))
+    assert len(configs) >= 4
+    for path in configs:
+        monkeypatch.setattr(sys, "argv", ["train_c2i.py", "--config", str(path), "--use_cpu"])
+        config = experiment.parse([train_c2i.ClassArguments], "")[-2]
+        assert config.gradient_accumulation_steps * config.per_device_train_batch_size == 64, path
+        assert config.output_dir == f"runs/{path.stem}"
+        assert path.stem in path.read_text().split("# Hardware")[0]
+        assert (config.learning_rate, config.adam_beta1, config.adam_beta2, config.weight_decay) == (
+            1e-5,
+            0.9,
+            0.95,
+            0.05,
+        )
