@@ -98,14 +98,14 @@ def build_trainer(
     reward_arguments: RewardArguments,
     config: ImgGenGRPOConfig,
     model_config: ModelConfig,
-    text_encoder=None,
+    load_text_encoder=None,
 ) -> ImgGenGRPOTrainer:
     """Check what can be checked, then load policy, tokenizer and judges, in the order of their price.
 
     Args:
         task: what the policy must be.
         make_dataset: called with (number of prompts, policy configuration), gives a dataset with `prompt`, `caption`.
-        text_encoder: of a t2i policy.
+        load_text_encoder: gives the caption encoder of a t2i policy; None for c2i.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: whatever is wrong, before the first sample is drawn.
@@ -116,6 +116,7 @@ def build_trainer(
     with config.main_process_first(desc="converting the policy"):
         policy = load_policy(model_config, policy_arguments, task, config.output_dir)
     vq = load_vq(policy_arguments).to(config.device)
+    text_encoder = None if load_text_encoder is None else load_text_encoder()
     rewards = build_rewards(weights=config.reward_weights, device=config.device, arguments=reward_arguments)
     logger.info("rewards:\n%s", rewards.describe())
     if model_config.use_peft and model_config.lora_target_modules is None:
@@ -140,7 +141,11 @@ def run(trainer: ImgGenGRPOTrainer, *arguments) -> None:
         checkpoint = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
         if checkpoint is None:
             raise ValueError(f"no checkpoint to resume from in {config.output_dir}: start without the flag")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception:
+        trainer.save_after_crash()
+        raise
     trainer.save_model(str(Path(config.output_dir) / "final"))
     trainer.save_state()
 

@@ -42,6 +42,7 @@ OVERRIDDEN_HOOKS = {
     ),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_compute_loss": ("self", "model", "inputs"),
+    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "log": ("self", "logs", "start_time"),
@@ -157,7 +158,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
     A prompt is a class id or a caption; its completion is always T codes, without an end token. Overrides:
     `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards;
     `_calculate_rewards` times them and fills what failed; `_get_per_token_logps_and_entropies` scores the guided or
-    the conditional policy; `_compute_loss` and `log` add metrics; `_save_checkpoint` and
+    the conditional policy; `_compute_loss`, `training_step` and `log` add metrics; `_save_checkpoint` and
     `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was taken in the middle of.
 
     Args:
@@ -370,6 +371,18 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             if value is not None
         }
         save_file(tensors, folder / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors")
+
+    def save_after_crash(self) -> None:
+        """Checkpoint the last finished step, so that an error (a judge that died, say) costs nothing trained before.
+
+        Not for sharded weights: gathering them needs every process, and some may be gone.
+        """
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == 0 or folder.exists() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        self._save_checkpoint(self.model, trial=None)
+        logger.error("stopped by an error after step %d; %s holds that step: resume from it", step, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

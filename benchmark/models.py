@@ -93,11 +93,15 @@ def load_tokenizer(path: str | Path, vq_size: str = "VQ-16") -> VQModel:
 
 def tokenizer_of_run(policy_path: Path) -> str | None:
     """The tokenizer that a run trained with, from the settings.json beside its checkpoints; None if there is none."""
+    return arguments_of_run(policy_path, "PolicyArguments").get("vq_path")
+
+
+def arguments_of_run(policy_path: Path, group: str) -> dict:
+    """One dataclass of arguments that a run trained with, from its settings.json; empty if there is none."""
     for folder in (policy_path, *policy_path.parents[:1]):
         if (settings := folder / "settings.json").is_file():
-            arguments = json.loads(settings.read_text()).get("arguments", {})
-            return arguments.get("PolicyArguments", {}).get("vq_path")
-    return None
+            return json.loads(settings.read_text()).get("arguments", {}).get(group, {})
+    return {}
 
 
 def fingerprint(path: str | Path) -> str:

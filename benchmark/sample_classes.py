@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmark.archives import ImageArchive, write_images, write_json
-from benchmark.models import BASE, find_policy, fingerprint, load_policy, load_tokenizer, tokenizer_of_run
+from benchmark.models import BASE, FINAL, find_policy, fingerprint, load_policy, load_tokenizer, tokenizer_of_run
 from benchmark.sampling import (
     DrawSettings,
     Share,
@@ -89,7 +89,7 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
         "device_type": device.type,
         **dataclasses.asdict(draw_settings),
     }
-    output = options.output or Path("test_results") / f"{_job_name(options, policy_path)}.npz"
+    output = options.output or Path("test_results") / f"{job_name(options, policy_path)}.npz"
     if _is_done(output, settings):
         logger.info("%s is there already", output)
     else:
@@ -102,7 +102,8 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
         draw_units(folder, draw, share)
         if share.rank == 0:
             wait_for_units(folder)
-            record = _describe(options, policy_path, device, settings)
+            record = describe_job(options, policy_path, _vq_path(options, policy_path), device, settings)
+            record |= {"rows": "shuffled by a hash of class and index; arr_1 holds the class of each row"}
             write_json(_record_of(output), record | {"num_images": len(rows), "native_size": native_size})
             labels_of_rows = [unit.condition for unit, _ in rows]
             write_images(output, (len(rows), size, size), merged_images(folder, rows), labels_of_rows)  # comes last
@@ -115,15 +116,17 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
     return output
 
 
-def add_model_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """Which policy and tokenizer; shared by every command that samples classes."""
+def add_model_arguments(
+    group: argparse._ArgumentGroup | argparse.ArgumentParser, base: str = DEFAULT_BASE, vq: str = DEFAULT_VQ
+) -> None:
+    """Which policy and tokenizer; shared by every command that samples. `base` and `vq` are the defaults."""
     group.add_argument("--model", default=BASE, help="'base', a .pt file, a folder, or a run in runs/ (base)")
     group.add_argument("--step", default="last", help="of a run: a number, 'last' or 'final' (last)")
-    group.add_argument("--base_policy", default=DEFAULT_BASE, help=f"what 'base' is ({DEFAULT_BASE})")
+    group.add_argument("--base_policy", default=base, help=f"what 'base' is ({base})")
     group.add_argument("--runs", default="runs", help="folder of the runs (runs)")
     group.add_argument("--policy_size", help="of a .pt file whose name does not say it: GPT-B, GPT-L, ...")
     group.add_argument("--image_size", type=int, help="of a .pt file whose name does not say it: 256, 384, 512")
-    group.add_argument("--vq_path", help=f"tokenizer: folder or .pt; by default the run's own, else {DEFAULT_VQ}")
+    group.add_argument("--vq_path", help=f"tokenizer: folder or .pt; by default the run's own, else {vq}")
     group.add_argument("--vq_size", default="VQ-16", help="of a .pt tokenizer: VQ-16 or VQ-8 (VQ-16)")
 
 
@@ -197,6 +200,35 @@ def pick_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
     return labels
 
 
+def job_name(options: argparse.Namespace, policy_path: Path) -> str:
+    """What the results are called unless told otherwise: run and checkpoint, guidance, seed."""
+    model = policy_path.name.removesuffix(".pt")
+    if model == FINAL or model.startswith("checkpoint-"):
+        model = f"{policy_path.parent.name}-{model}"
+    return f"{model}-cfg-{options.guidance_scale:g}-seed-{options.seed}"
+
+
+def describe_job(
+    options: argparse.Namespace, policy_path: Path, vq_path: str, device: torch.device, settings: dict
+) -> dict:
+    """What the .json beside samples says of every job: models, settings, hardware, versions."""
+    packages = ("transformers", "numpy")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "model": options.model,
+        "step": options.step,
+        "policy": str(policy_path),
+        "vq": vq_path,
+        "guidance_scale": options.guidance_scale,
+        "seed": options.seed,
+        "dtype": settings["dtype"],
+        "pixels": "trunc(clamp(127.5 x + 128, 0, 255)) after bicubic resizing without antialiasing",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": versions | {name: metadata.version(name) for name in packages},
+        "settings": settings,
+    }
+
+
 def _vq_path(options: argparse.Namespace, policy_path: Path) -> str:
     return options.vq_path or tokenizer_of_run(policy_path) or DEFAULT_VQ
 
@@ -217,37 +249,11 @@ def _record_of(output: Path) -> Path:
     return output.with_suffix(".json")
 
 
-def _job_name(options: argparse.Namespace, policy_path: Path) -> str:
-    model = f"{policy_path.parent.name}-{policy_path.name}" if policy_path.name.startswith("checkpoint-") else None
-    model = model or policy_path.name.removesuffix(".pt")
-    return f"{model}-cfg-{options.guidance_scale:g}-seed-{options.seed}"
-
-
 def _write_pngs(archive: Path, rows: Sequence[tuple[Unit, int]]) -> None:
     """Every image of the .npz as NAME/CLASS/INDEX.png."""
     images = ImageArchive(archive).batches(1)
     for (unit, index), image in zip(rows, tqdm(images, total=len(rows), desc="writing PNGs", unit="image")):
         save_png(Image.fromarray(image[0]), archive.with_suffix("") / f"{unit.condition:04d}" / f"{index:05d}.png")
-
-
-def _describe(options: argparse.Namespace, policy_path: Path, device: torch.device, settings: dict) -> dict:
-    """What the .json beside the samples says."""
-    packages = ("transformers", "numpy")
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "model": options.model,
-        "step": options.step,
-        "policy": str(policy_path),
-        "vq": _vq_path(options, policy_path),
-        "guidance_scale": options.guidance_scale,
-        "seed": options.seed,
-        "dtype": settings["dtype"],
-        "pixels": "trunc(clamp(127.5 x + 128, 0, 255)) after bicubic resizing without antialiasing",
-        "rows": "shuffled by a hash of class and index; arr_1 holds the class of each row",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": versions | {name: metadata.version(name) for name in packages},
-        "settings": settings,
-    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Samples for an evaluation: drawn in fixed units with seeds of their own, kept, merged in a fixed shuffled order.
 
-A unit is the images of one condition (a class, a prompt). What a unit holds follows from its condition, the seed and
+A unit is the images of one condition (a class, a caption). What a unit holds follows from its condition, the seed and
 the settings alone, so neither the number of GPUs, nor the order of work, nor a restart changes a sample. Units are
 written whole or not at all; a job that is started again draws the ones that are missing.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from benchmark.archives import write_json
 from llamagen import LlamaGenForCausalLM, VQModel
+from llamagen.text import CaptionEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,10 @@ PATIENCE_S = 3600.0  # after which it gives up on them if none came
 
 @dataclass(frozen=True)
 class Unit:
-    """The images of one condition.
+    """The images of one condition, or of several that are always drawn together.
 
     Args:
-        condition: class id, or number of the prompt.
+        condition: class id, or number of the (first) prompt.
         num_images: n.
     """
 
@@ -77,8 +79,8 @@ class DrawSettings:
     dtype: str = "float32"  # or "bfloat16": autocast over float32 weights
 
 
-class UnitFolder:
-    """The units of one job on disk.
+class JobFolder(ABC):
+    """The units of one job on disk; how a unit is kept is the subclass's.
 
     Args:
         path: the folder, made if need be.
@@ -98,17 +100,28 @@ class UnitFolder:
         else:
             write_json(written, settings)
 
-    def __contains__(self, unit: Unit) -> bool:
-        return (self.path / unit.file_name).is_file()
-
     def missing(self) -> list[Unit]:
         """Units that are still to be drawn."""
         return [unit for unit in self.units if unit not in self]
 
+    @abstractmethod
+    def __contains__(self, unit: Unit) -> bool:
+        """Whether all of a unit is there."""
+
+    @abstractmethod
+    def write(self, unit: Unit, images: np.ndarray) -> None:
+        """Keep the images uint8 [n, H, W, 3] of a unit."""
+
+
+class UnitFolder(JobFolder):
+    """Units as arrays, for a job that merges them into one file; see `JobFolder`."""
+
+    def __contains__(self, unit: Unit) -> bool:
+        return (self.path / unit.file_name).is_file()
+
     def write(self, unit: Unit, images: np.ndarray) -> None:
         """Keep the images uint8 [n, H, W, 3] of a unit; the file appears when it is whole."""
-        if images.ndim != 4 or len(images) != unit.num_images or images.dtype != np.uint8:
-            raise ValueError(f"{unit} came as {images.dtype} {list(images.shape)}, expected uint8 [n, H, W, 3]")
+        check_unit_images(unit, images)
         partial = self.path / f".{unit.file_name}.{os.getpid()}"
         with partial.open("wb") as file:
             npy.write_array(file, np.ascontiguousarray(images), version=(1, 0), allow_pickle=False)
@@ -136,7 +149,13 @@ class UnitFolder:
         self.path.rmdir()
 
 
-def draw_units(folder: UnitFolder, draw: Callable[[Unit], np.ndarray], share: Share) -> None:
+def check_unit_images(unit: Unit, images: np.ndarray) -> None:
+    """Raise ValueError if these are not the bytes of `unit.num_images` images."""
+    if images.ndim != 4 or len(images) != unit.num_images or images.dtype != np.uint8:
+        raise ValueError(f"{unit} came as {images.dtype} {list(images.shape)}, expected uint8 [n, H, W, 3]")
+
+
+def draw_units(folder: JobFolder, draw: Callable[[Unit], np.ndarray], share: Share) -> None:
     """Draw and keep the missing units of this process's share.
 
     Args:
@@ -153,7 +172,7 @@ def draw_units(folder: UnitFolder, draw: Callable[[Unit], np.ndarray], share: Sh
             progress.update(unit.num_images)
 
 
-def wait_for_units(folder: UnitFolder, patience_s: float = PATIENCE_S) -> None:
+def wait_for_units(folder: JobFolder, patience_s: float = PATIENCE_S) -> None:
     """Return when every unit is there; other processes draw them.
 
     Raises:
@@ -187,8 +206,8 @@ def merged_images(folder: UnitFolder, rows: Sequence[tuple[Unit, int]]) -> Itera
         yield folder.read(unit, index)
 
 
-def sample_seed(seed: int, condition: int, index: int) -> int:
-    """Seed of one image, in [0, 2^63): the same on every machine, and unrelated between images."""
+def sample_seed(seed: int, condition: int | str, index: int) -> int:
+    """Seed of image `index` of a class or caption, in [0, 2^63): unrelated between images, on every machine the same."""
     return int.from_bytes(_hash("seed", seed, condition, index)[:8], "big") >> 1
 
 
@@ -238,6 +257,22 @@ def draw_class(
     labels = torch.full((num_images, 1), label)
     seeds = [sample_seed(seed, label, index) for index in range(num_images)]
     return draw_raw(policy, vq, labels, seeds, settings)
+
+
+def draw_captions(
+    policy: LlamaGenForCausalLM,
+    vq: VQModel,
+    encoder: CaptionEncoder,
+    rows: Sequence[tuple[str, int]],
+    seed: int,
+    settings: DrawSettings,
+) -> Iterator[Tensor]:
+    """Raw pixels [B, 3, H, W], in batches, of rows (caption, index among the images of this caption)."""
+    captions = [caption for caption, _ in rows]
+    input_ids, mask = encoder.tokenize(captions)  # [N, P] each
+    embeds = encoder.encode_ids(input_ids, mask)  # [N, P, E]
+    seeds = [sample_seed(seed, caption, index) for caption, index in rows]
+    return draw_raw(policy, vq, input_ids, seeds, settings, mask, embeds)
 
 
 def check_same_settings(found: dict, wanted: dict, where: Path) -> None:

@@ -59,7 +59,27 @@ def load_captions(
     return captions
 
 
-def caption_dataset(captions: Sequence[str], num_prompts: int, seed: int) -> Dataset:
+def load_metadata(source: str | Path, column: str | None = None) -> list[dict] | None:
+    """What the rows of a .json or .jsonl file say beside their captions, as GenEval's do: for task rewards, benchmarks.
+
+    Returns:
+        A whole row for each caption of `load_captions`; None if the file is of another form, its rows are
+        conversations, or there is one that is a caption and nothing else.
+    Raises:
+        ValueError: as `load_captions`.
+    """
+    path = Path(source)
+    reader = _ROW_READERS.get(path.suffix.lower())
+    if reader is None or not path.is_file():
+        return None
+    rows = [row for row, place in reader(path) if (_caption_of(row, column, place) or "").strip()]
+    tells_more = [isinstance(row, dict) and len(row) > 1 and "conversations" not in row for row in rows]
+    return rows if all(tells_more) else None
+
+
+def caption_dataset(
+    captions: Sequence[str], num_prompts: int, seed: int, metadata: Sequence[dict] | None = None
+) -> Dataset:
     """Captions in random order, pass after pass until there are `num_prompts` rows, which are one epoch of the run.
 
     Every pass shows each caption once, in an order of its own. A longer run starts with the rows of a shorter one.
@@ -68,8 +88,10 @@ def caption_dataset(captions: Sequence[str], num_prompts: int, seed: int) -> Dat
         captions: any number, at least 1.
         num_prompts: rows, at least 1: optimizer steps times distinct prompts per step.
         seed: the same seed gives the same rows on every machine.
+        metadata: of each caption, see `load_metadata`.
     Returns:
-        Columns `prompt` (what the policy is given) and `caption` (what rewards compare with): the same text.
+        Columns `prompt` (what the policy is given) and `caption` (what rewards compare with): the same text. With
+        metadata a column `metadata`, JSON.
     Raises:
         ValueError: if there is no caption or no row.
     """
@@ -79,7 +101,10 @@ def caption_dataset(captions: Sequence[str], num_prompts: int, seed: int) -> Dat
     num_passes = -(-num_prompts // len(captions))
     order = np.concatenate([rng.permutation(len(captions)) for _ in range(num_passes)])[:num_prompts]
     rows = [captions[index] for index in order]
-    return Dataset.from_dict({"prompt": rows, "caption": rows})
+    columns = {"prompt": rows, "caption": rows}
+    if metadata is not None:
+        columns["metadata"] = [json.dumps(metadata[index]) for index in order]  # a column of dicts would mix their keys
+    return Dataset.from_dict(columns)
 
 
 def _read(source: str, column: str | None, split: str) -> list[str | None]:
@@ -99,6 +124,11 @@ def _read(source: str, column: str | None, split: str) -> list[str | None]:
 
 
 def _read_json(path: Path, column: str | None) -> list[str | None]:
+    return [_caption_of(row, column, place) for row, place in _json_rows(path)]
+
+
+def _json_rows(path: Path) -> list[tuple[Any, str]]:
+    """Rows, and the name of each for messages."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -107,20 +137,24 @@ def _read_json(path: Path, column: str | None) -> list[str | None]:
         raise ValueError(f"{path} looks like COCO's own annotations: pick captions with python -m dataset.prepare_coco")
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds one {type(rows).__name__} instead of a list; {ACCEPTED_FORMS}")
-    return [_caption_of(row, column, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    return [(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _read_jsonl(path: Path, column: str | None) -> list[str | None]:
-    captions = []
+    return [_caption_of(row, column, place) for row, place in _jsonl_rows(path)]
+
+
+def _jsonl_rows(path: Path) -> list[tuple[Any, str]]:
+    """Rows, and the name of each for messages."""
+    rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append((json.loads(line), f"{path}, line {number}"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is no JSON ({error}); {ACCEPTED_FORMS}") from error
-        captions.append(_caption_of(row, column, f"{path}, line {number}"))
-    return captions
+    return rows
 
 
 def _read_txt(path: Path, column: str | None) -> list[str | None]:
@@ -156,6 +190,7 @@ _READERS: dict[str, Callable[[Path, str | None], list[str | None]]] = {
     ".csv": _read_table,
     ".tsv": _read_table,
 }
+_ROW_READERS: dict[str, Callable[[Path], list[tuple[Any, str]]]] = {".json": _json_rows, ".jsonl": _jsonl_rows}
 
 
 def _caption_of(row: Any, column: str | None, place: str) -> str | None:

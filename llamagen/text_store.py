@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, MAX_LENGTH, CaptionEncoder, Padding, encoder_identity
+from llamagen.text import (
+    CLEANING_VERSION,
+    DEFAULT_ENCODER,
+    MAX_LENGTH,
+    CaptionEncoder,
+    Padding,
+    T5TextEncoder,
+    encoder_identity,
+)
+
+if TYPE_CHECKING:
+    from llamagen.configuration import LlamaGenConfig
 
 FORMAT = "llamagen-text-features-1"
 CAPTIONS_PER_CHUNK = 256  # what leaves the encoder's device at a time
@@ -65,6 +77,37 @@ def write_text_features(path: str | Path, encoder: CaptionEncoder, captions: Seq
     save_file(tensors, partial, metadata)
     partial.replace(path)
     return len(distinct)
+
+
+def load_text_encoder(
+    config: LlamaGenConfig,
+    name_or_path: str | Path = DEFAULT_ENCODER,
+    features: str | Path | None = None,
+    padding: Padding = "left",
+    clean: bool = True,
+    device: torch.device | str | None = None,
+) -> CaptionEncoder:
+    """The caption encoder of a text policy: stored features if a file of them is named (T5 is not loaded), else T5.
+
+    Args:
+        config: the policy's; its number of condition positions is the length of a caption.
+        features: a file of `write_text_features`, made with the encoder `name_or_path`.
+        name_or_path, padding, clean, device: see `CaptionEncoder` and `T5TextEncoder`.
+
+    Raises:
+        ValueError: if the features are not of the policy's size, or as the two encoders.
+    """
+    settings = {"max_length": config.cls_token_num, "padding": padding, "clean": clean, "device": device}
+    if features is None:
+        encoder = T5TextEncoder(name_or_path, **settings)
+    else:
+        encoder = StoredTextEncoder(features, name_or_path, **settings)
+    if encoder.feature_dim != config.caption_dim:
+        raise ValueError(
+            f"{features or name_or_path} gives features of size {encoder.feature_dim}, the policy reads size "
+            f"{config.caption_dim}: take the encoder it was trained with (released policies: {DEFAULT_ENCODER})"
+        )
+    return encoder
 
 
 class StoredTextEncoder(CaptionEncoder):

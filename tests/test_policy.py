@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import GOLDEN
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM
+from llamagen.checkpoints import ours_to_official
 from llamagen.sampling import draw, filter_logits, guide, sample_codes
 from llamagen.transformer import caption_mask, rotary_table
 
@@ -249,6 +250,21 @@ def test_the_cache_is_kept_between_calls_and_stale_rows_are_never_read(golden_po
     again = golden.policy.generate(torch.tensor([[1], [2]]), do_sample=False)
     assert golden.policy.cache.keys[0].data_ptr() == held
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN / "manifests").glob("?2i_*.json")), ids=lambda path: path.stem)
+def test_full_size_policies_have_the_tensors_of_the_official_ones(path):
+    manifest = json.loads(path.read_text())
+    task, _, image_size = path.stem.split("_")
+    with torch.device("meta"):
+        policy = LlamaGenForCausalLM(LlamaGenConfig.preset(manifest["model"], task, int(image_size)))
+    ours = {key: list(value.shape) for key, value in ours_to_official(policy.state_dict()).items()}
+    assert ours == {key: shape for key, shape, _ in manifest["state_dict"]}
+    assert sum(parameter.numel() for parameter in policy.parameters()) == manifest["n_parameters"]
+    assert sum(buffer.numel() for buffer in policy.buffers()) == manifest["n_buffer_elements"]
+    assert policy.config.intermediate_size == manifest["ffn_hidden"]
+    (rotary_shape,) = manifest["not_in_state_dict"].values()
+    assert list(rotary_table(policy.config).shape) == rotary_shape
 
 
 def test_a_fresh_policy_is_uniform():

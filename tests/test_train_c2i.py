@@ -85,6 +85,28 @@ def test_a_stopped_script_goes_on_from_its_last_checkpoint(world, run, tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_judge_that_dies_costs_no_finished_step(world, run, tmp_path, monkeypatch):
+    from reward_utils.clip import ClipScorer
+
+    alive, calls = ClipScorer.score, []
+
+    def dying(self, *arguments):
+        calls.append(1)
+        if len(calls) > 2:
+            raise ConnectionError("the judge is gone")
+        return alive(self, *arguments)
+
+    monkeypatch.setattr(ClipScorer, "score", dying)
+    settings = {**world, "max_steps": 4, "save_steps": 100, "image_grid_steps": 0}
+    with pytest.raises(ConnectionError, match="the judge is gone"):
+        run(settings)
+    monkeypatch.setattr(ClipScorer, "score", alive)
+    assert (tmp_path / "run/checkpoint-2/model.safetensors").exists()
+    run(settings, "--resume_from_checkpoint", "last")
+    history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_lora_through_trls_own_flags(world, run, tmp_path):
     run(world, "--use_peft", "--lora_r", "4")
     assert (tmp_path / "run/final/adapter_model.safetensors").exists()

@@ -56,7 +56,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     vision = {
         "hidden_size": 80,
         "intermediate_size": 240,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "image_size": world.IMAGE_SIZE,
         "patch_size": 4,

@@ -29,7 +29,7 @@ from toy import clip, measure, world
 
 logger = logging.getLogger(__name__)
 
-CODEBOOK_SIZE = 512
+CODEBOOK_SIZE = 256
 VQ_CONFIG = VQConfig(
     codebook_size=CODEBOOK_SIZE,
     codebook_embed_dim=8,
@@ -38,14 +38,29 @@ VQ_CONFIG = VQConfig(
     decoder_channel_multipliers=(1, 1, 2),
     z_channels=64,
 )
-VQ_STEPS, VQ_BATCH, VQ_RATE = 1600, 12, 2e-3
-OBJECT_WEIGHT = 6.0  # pixels of the object and its rim count this much more than the background's
-RESTART_UNTIL = 0.6  # share of the steps in which codes that nobody uses are moved onto features
+VQ_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class TokenizerPhase:
+    """A stretch of the tokenizer's training with its own schedule.
+
+    `object_weight`: how many times a pixel on or near an object counts as much as a background pixel.
+    """
+
+    steps: int
+    batch_size: int
+    object_weight: float
+
+
+# Backgrounds come first and would take every code; then shapes, which are few pixels with much to tell.
+VQ_PHASES = (TokenizerPhase(900, 24, object_weight=1.0), TokenizerPhase(800, 12, object_weight=5.0))
+RESTART_UNTIL = 0.6  # share of a phase's steps in which codes that nobody uses are moved onto features
 
 LABEL_DROPOUT = 0.1  # share of labels replaced by the null class, as LlamaGen trains
-POOL_SIZE = 40_000  # pictures encoded once; every policy trains on their codes
+POOL_SIZE = 16_000  # pictures encoded once; every policy trains on their codes
 
-CLIP_POOL_SIZE, CLIP_STEPS, CLIP_BATCH, CLIP_RATE = 9_000, 1500, 96, 1e-3
+CLIP_POOL_SIZE, CLIP_STEPS, CLIP_BATCH, CLIP_RATE = 6_000, 1200, 64, 1e-3
 
 WARMUP_STEPS = 30
 
@@ -75,8 +90,8 @@ class PolicyRecipe:
 
 
 POLICIES = {
-    "gpt_nano": PolicyRecipe(128, 4, 4, steps=2500, batch_size=64, learning_rate=2e-3),
-    "gpt_small": PolicyRecipe(192, 6, 6, steps=2500, batch_size=64, learning_rate=1.5e-3),
+    "gpt_nano": PolicyRecipe(128, 4, 4, steps=2000, batch_size=64, learning_rate=2e-3),
+    "gpt_small": PolicyRecipe(192, 6, 6, steps=1500, batch_size=64, learning_rate=1.5e-3),
 }
 MODELS = ("vq", *POLICIES, "clip")
 
@@ -134,25 +149,11 @@ def save_official(name: str, out: Path) -> None:
 
 
 def make_vq(folder: Path, seed: int) -> dict[str, float]:
-    """Train the tokenizer on endless fresh pictures: weighted L1 + L2 on pixels, the two losses of the codebook."""
-    rng = np.random.default_rng(seed)
+    """Train the tokenizer on endless fresh pictures: L1 + L2 on pixels, the two losses of the codebook."""
     torch.manual_seed(seed)
     vq = VQModel(VQ_CONFIG)
-    optimizer = torch.optim.AdamW(vq.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
-    uses = torch.zeros(CODEBOOK_SIZE)
-    for step, bar in _training_steps("vq", VQ_STEPS, optimizer, VQ_RATE):
-        images = torch.from_numpy(world.draw_random_classes(VQ_BATCH, rng)[0]) * 2 - 1
-        output = vq(images)
-        error = output.reconstruction - images
-        weight = 1.0 if step < PLAIN_STEPS else 1.0 + (OBJECT_WEIGHT - 1.0) * _near_objects(images)
-        pixel_loss = (weight * (error.abs() + error.square())).mean() / torch.as_tensor(weight).mean()
-        loss = pixel_loss + output.codebook_loss + output.commitment_loss
-        _update(vq, optimizer, loss)
-        uses += torch.bincount(output.ids.flatten(), minlength=CODEBOOK_SIZE)
-        if (step < 40 and step % 5 == 4) or (step % 20 == 19 and step < RESTART_UNTIL * VQ_STEPS):
-            _restart_unused_codes(vq, images, uses)
-            uses.zero_()
-        bar.set_postfix(l1=f"{error.abs().mean().item() / 2:.4f}")
+    for number, phase in enumerate(VQ_PHASES, start=1):
+        _train_vq(vq, phase, np.random.default_rng([seed, number]), f"vq, phase {number}")
     vq.eval()
     vq.save_pretrained(folder)
     halve(folder)
@@ -160,14 +161,25 @@ def make_vq(folder: Path, seed: int) -> dict[str, float]:
     return {"l1": result.l1, "checker_accuracy": result.accuracy, "codes_used": result.codes_used}
 
 
-def _pixel_weights(images: Tensor) -> Tensor:
-    """1 on the grey background and more on chromatic pixels and their neighbours, [B, 1, S, S]; images in [-1, 1]."""
-    chromatic = (images.amax(1, keepdim=True) - images.amin(1, keepdim=True) > 0.3).float()
-    return 1 + OBJECT_WEIGHT * F.max_pool2d(chromatic, 3, stride=1, padding=1)
+def _train_vq(vq: VQModel, phase: TokenizerPhase, rng: np.random.Generator, name: str) -> None:
+    optimizer = torch.optim.AdamW(vq.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
+    uses = torch.zeros(CODEBOOK_SIZE)
+    for step, bar in _training_steps(name, phase.steps, optimizer, VQ_RATE):
+        images = torch.from_numpy(world.draw_random_classes(phase.batch_size, rng, world.WIDE_VARIETY)[0]) * 2 - 1
+        output = vq(images)
+        error = output.reconstruction - images
+        weight = 1 + (phase.object_weight - 1) * _near_objects(images)  # [B, 1, S, S]
+        pixel_loss = (weight * (error.abs() + error.square())).mean() / weight.mean()
+        _update(vq, optimizer, pixel_loss + output.codebook_loss + output.commitment_loss)
+        uses += torch.bincount(output.ids.flatten(), minlength=CODEBOOK_SIZE)
+        if (step < 40 and step % 5 == 4) or (step % 20 == 19 and step < RESTART_UNTIL * phase.steps):
+            _restart_unused_codes(vq, images, uses)
+            uses.zero_()
+        bar.set_postfix(l1=f"{error.abs().mean().item() / 2:.4f}")
 
 
 def _near_objects(images: Tensor) -> Tensor:
-    """1 within a pixel of chromatic pixels of [B, 3, S, S] in [-1, 1], else 0; [B, 1, S, S]."""
+    """1 on chromatic pixels of [B, 3, S, S] in [-1, 1] and beside them, else 0; [B, 1, S, S]."""
     chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
     return F.max_pool2d((chroma > 0.3).float(), 3, stride=1, padding=1)
 

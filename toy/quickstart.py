@@ -1,13 +1,16 @@
 """Train in the toy world, measure before and after, and leave pictures, numbers and a report.
 
-    python -m toy.quickstart [--output_dir runs/quickstart] [any option of train_c2i.py]
+    python -m toy.quickstart [--config configs/toy_c2i_judges.yaml] [--output_dir runs/quickstart]
+                             [any option of train_c2i.py]
 
-The training itself is `train_c2i.py`, started as a user would start it.
+The training itself is `train_c2i.py`, started as a user would start it. The judge server is started before and stopped
+afterwards, if the configuration asks for one; `--config configs/toy_c2i.yaml` trains with CLIP alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -28,8 +31,9 @@ from img_gen_grpo_rewards import RewardArguments, RewardSuite, build_rewards
 from llamagen import LlamaGenForCausalLM, VQModel
 from llamagen.grids import labelled_grid, save_png
 from toy import checker, world
+from toy.judge_server import running_judge_server
 
-CONFIG = Path("configs/toy_c2i.yaml")
+CONFIG = Path("configs/toy_c2i_judges.yaml")
 SAMPLES_PER_CLASS = 32  # 768 in all: a standard error of 1.4 points at 80 %
 SHOWN_CLASSES = 6  # rows of the before-and-after picture
 SHOWN_SAMPLES = 8
@@ -61,21 +65,32 @@ class Measurement:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument(
         "--seconds_install", type=float, default=0.0, help="what the installation took, for the summary"
     )
     options, overrides = parser.parse_known_args()
-    settings = yaml.safe_load(CONFIG.read_text())
+    settings = yaml.safe_load(options.config.read_text())
+    if settings.get("qwen_mode") == "server":
+        with running_judge_server() as url:
+            run({**settings, "qwen_url": url}, options, ["--qwen_url", url, *overrides])
+    else:
+        run(settings, options, overrides)
+
+
+def run(settings: dict, options: argparse.Namespace, overrides: list[str]) -> None:
+    """Measure, train, measure again and write it all down."""
     output_dir = options.output_dir
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vq = VQModel.from_pretrained(settings["vq_path"]).to(device)
-    judges = RewardArguments(reward_funcs=settings["reward_funcs"], clip_model=settings["clip_model"])
-    rewards = build_rewards(arguments=judges, device=device)
+    known = {field.name for field in dataclasses.fields(RewardArguments)}
+    judges = RewardArguments(**{name: value for name, value in settings.items() if name in known})
+    rewards = build_rewards(weights=settings.get("reward_weights"), device=device, arguments=judges)
 
     before = measure(settings["model_name_or_path"], vq, rewards, settings["guidance_scale"], "before training")
     started = time.perf_counter()
-    train(output_dir, overrides)
+    train(options.config, output_dir, overrides)
     seconds_train = time.perf_counter() - started
     after = measure(output_dir / "final", vq, rewards, settings["guidance_scale"], "after training")
 
@@ -101,13 +116,13 @@ def main() -> None:
     sys.stdout.write(in_words(summary, output_dir) + "\n")
 
 
-def train(output_dir: Path, overrides: list[str]) -> None:
+def train(config: Path, output_dir: Path, overrides: list[str]) -> None:
     """Run train_c2i.py, afresh: a quickstart that was done before is done again."""
     for old in output_dir.glob("checkpoint-*"):
         _remove_folder(old)
     for old in [*output_dir.glob("samples/step-*.png"), *output_dir.glob("runs/*/events.out.*")]:
         old.unlink()
-    command = [sys.executable, "train_c2i.py", "--config", str(CONFIG), "--output_dir", str(output_dir), *overrides]
+    command = [sys.executable, "train_c2i.py", "--config", str(config), "--output_dir", str(output_dir), *overrides]
     subprocess.run(command, check=True)
 
 

@@ -26,14 +26,33 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "blue": (0.12, 0.30, 0.90),
     "purple": (0.60, 0.16, 0.76),
 }
-COLOUR_JITTER = 0.015  # half width of the uniform noise on each channel of an object's colour
-
-SIZE_RANGE = (0.20, 0.28)  # of the single object of a class picture: 6.4 to 9 px of 32
-TILT = 0.35  # largest turn of a class object from upright, in radians
 MARGIN = 0.03  # between an object's circumscribed circle and the picture's edge
-GREY_RANGE = (0.10, 0.90)
-GREY_TINT = 0.01
-GREY_GRADIENT = 0.04  # largest change of a channel from one edge to the other
+
+
+@dataclass(frozen=True)
+class Variety:
+    """How much the pictures of one class differ.
+
+    Attributes:
+        size: smallest and largest size of the object.
+        tilt: largest turn of the object from upright, in radians; pi is any.
+        colour_jitter: half width of the uniform noise on each channel of the object's colour.
+        grey: darkest and lightest background.
+        tint: half width of the uniform noise on each channel of the background.
+        gradient: largest change of the background from one edge of the picture to the other.
+    """
+
+    size: tuple[float, float]
+    tilt: float
+    colour_jitter: float
+    grey: tuple[float, float]
+    tint: float
+    gradient: float
+
+
+# Class pictures, and the wider range that the tokenizer learns so that it serves smaller and turned objects as well.
+CLASS_VARIETY = Variety((0.20, 0.28), 0.35, colour_jitter=0.015, grey=(0.1, 0.9), tint=0.01, gradient=0.04)
+WIDE_VARIETY = Variety((0.165, 0.25), math.pi, colour_jitter=0.04, grey=(0.1, 0.9), tint=0.04, gradient=0.10)
 
 
 @dataclass(frozen=True)
@@ -201,7 +220,9 @@ def class_index(shape: str, colour: str) -> int:
     return CLASSES.index((shape, colour))
 
 
-def class_scenes(labels: Sequence[int] | np.ndarray, rng: np.random.Generator) -> list[Scene]:
+def class_scenes(
+    labels: Sequence[int] | np.ndarray, rng: np.random.Generator, variety: Variety = CLASS_VARIETY
+) -> list[Scene]:
     """One scene with one object for each label, everything else varied.
 
     Args:
@@ -210,44 +231,47 @@ def class_scenes(labels: Sequence[int] | np.ndarray, rng: np.random.Generator) -
     scenes = []
     for label in labels:
         shape, colour = CLASSES[int(label)]
-        size = rng.uniform(*SIZE_RANGE)
+        size = rng.uniform(*variety.size)
         room = size * SHAPES[shape].reach + MARGIN
         obj = SceneObject(
             shape=shape,
             colour=colour,
-            centre=tuple(rng.uniform(room, 1.0 - room, 2)) if room < 0.5 else (0.5, 0.5),
+            centre=tuple(rng.uniform(room, 1.0 - room, 2)),
             size=size,
-            angle=rng.uniform(-TILT, TILT),
-            rgb=jitter_colour(colour, rng),
+            angle=rng.uniform(-variety.tilt, variety.tilt),
+            rgb=jitter_colour(colour, rng, variety),
         )
-        scenes.append(Scene((obj,), random_background(rng)))
+        scenes.append(Scene((obj,), random_background(rng, variety)))
     return scenes
 
 
 def draw_classes(
-    labels: Sequence[int] | np.ndarray, rng: np.random.Generator, image_size: int = IMAGE_SIZE
+    labels: Sequence[int] | np.ndarray, rng: np.random.Generator, variety: Variety = CLASS_VARIETY
 ) -> np.ndarray:
-    """Pictures of classes: labels [B] -> float32 [B, 3, S, S] in [0, 1]."""
-    return render(class_scenes(labels, rng), image_size)
+    """Pictures of classes: labels [B] -> float32 [B, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1]."""
+    return render(class_scenes(labels, rng, variety))
 
 
 def draw_random_classes(
-    count: int, rng: np.random.Generator, image_size: int = IMAGE_SIZE
+    count: int, rng: np.random.Generator, variety: Variety = CLASS_VARIETY
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of uniformly drawn classes: images float32 [count, 3, S, S] in [0, 1], labels int64 [count]."""
+    """Pictures of uniformly drawn classes: images as `draw_classes` [count, 3, ...], labels int64 [count]."""
     labels = rng.integers(0, len(CLASSES), count)
-    return draw_classes(labels, rng, image_size), labels
+    return draw_classes(labels, rng, variety), labels
 
 
-def random_background(rng: np.random.Generator) -> Background:
+def random_background(rng: np.random.Generator, variety: Variety = CLASS_VARIETY) -> Background:
     """A grey of any lightness with a slight tint and a slight gradient."""
-    rgb = rng.uniform(*GREY_RANGE) + rng.uniform(-GREY_TINT, GREY_TINT, 3)
-    return Background(tuple(rgb), rng.uniform(0.0, GREY_GRADIENT), rng.uniform(0.0, math.tau))
+    rgb = rng.uniform(*variety.grey) + rng.uniform(-variety.tint, variety.tint, 3)
+    return Background(tuple(rgb), rng.uniform(0.0, variety.gradient), rng.uniform(0.0, math.tau))
 
 
-def jitter_colour(colour: str, rng: np.random.Generator) -> tuple[float, float, float]:
+def jitter_colour(
+    colour: str, rng: np.random.Generator, variety: Variety = CLASS_VARIETY
+) -> tuple[float, float, float]:
     """A shade of a palette colour, in [0, 1]."""
-    return tuple(np.clip(_palette(colour) + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3), 0.0, 1.0))
+    jitter = rng.uniform(-variety.colour_jitter, variety.colour_jitter, 3)
+    return tuple(np.clip(_palette(colour) + jitter, 0.0, 1.0))
 
 
 def _paint_background(background: Background, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
