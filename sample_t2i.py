@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def draw_sheet(options: argparse.Namespace) -> Path:
     """Draw the captions that the options name and write the sheet.
 
-    With as many images per caption the images are, up to rounding, those of test_t2i.sh.
+    Image k of a caption is, up to rounding, image k of test_t2i.sh with the same seed and settings.
 
     Raises:
         FileNotFoundError, ValueError: for models that are not there or do not belong together.

@@ -7,7 +7,7 @@
 #   python -m dataset.fetch geneval                           # the prompts, once
 #   bash test_t2i.sh base 0 0 2.0                             # the starting model
 #   bash test_t2i.sh t2i_XL_256 0,1,2,3 300 2.0               # runs/t2i_XL_256/checkpoint-300 on four GPUs
-#   bash test_t2i.sh t2i_XL_256 0 300 2.0 --prompts_at_once 16   # faster on a GPU, same statistics
+#   bash test_t2i.sh t2i_XL_256 0 300 2.0 --prompts_at_once 16 --batch_size 64   # fills a GPU better (--help)
 #   bash test_t2i.sh base 0 0 7.5 --prompts my_prompts.txt --num_per_prompt 1
 #   bash benchmark/geneval/eval.sh test_results/NAME 0
 set -euo pipefail

@@ -127,6 +127,11 @@ class PromptFolder(JobFolder):
         folder = self._metadata_path(prompt).parent / "samples"
         return [folder / f"{index:04d}.png" for index in range(self.num_per_prompt)]
 
+    def clean(self) -> None:
+        """Remove what processes that were killed while they wrote have left behind."""
+        for leftover in (*self.path.glob("*/samples/.*.png.*"), *self.path.glob(f"*/.{METADATA_NAME}.*")):
+            leftover.unlink()
+
     def _metadata_path(self, prompt: Prompt) -> Path:
         return self.path / f"{prompt.number:05d}" / METADATA_NAME
 
@@ -149,8 +154,12 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
     Raises:
         FileNotFoundError, ValueError: for models or prompts that are not there, or results of another job in the way.
     """
+    for name in ("num_per_prompt", "prompts_at_once"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: it takes at least 1")
     device = pick_device(options.device)
-    prompts = read_prompts(options)
+    every_prompt = read_prompts(options)
+    prompts = every_prompt[: options.num_prompts]
     models = load_models(options, device)
     encoder, draw_settings = models.encoder, read_draw_settings(options, device)
     if isinstance(encoder, StoredTextEncoder):
@@ -162,7 +171,7 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
         "text_features_sha256": fingerprint(options.text_features) if options.text_features else None,
         "caption_padding": encoder.padding,
         "cleaning": CLEANING_VERSION if encoder.clean else "off",
-        "prompts_sha256": hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest(),
+        "prompts_sha256": _digest(every_prompt),  # a job over the first prompts can be carried on to all
         "seed": options.seed,
         "num_per_prompt": options.num_per_prompt,
         "prompts_at_once": options.prompts_at_once,
@@ -186,6 +195,7 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
     draw_units(folder, draw, share)
     if share.rank == 0:
         wait_for_units(folder)
+        folder.clean()
         record = describe_job(options, models.policy_path, models.vq_path, device, settings)
         counts = {"num_prompts": len(prompts), "num_images": len(prompts) * options.num_per_prompt, "size": size}
         write_json(output / RECORD_NAME, record | {"prompts": options.prompts, **counts})
@@ -194,7 +204,7 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
 
 
 def read_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts that the options name, blank ones dropped.
+    """All prompts of the file that the options name, blank ones dropped.
 
     Raises:
         ValueError: if there are none; says how to get GenEval's.
@@ -208,7 +218,7 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
     for number, (caption, row) in enumerate(zip(captions, rows)):
         prompts.append(Prompt(number, caption, asked[caption], row))
         asked[caption] += options.num_per_prompt
-    return prompts[: options.num_prompts]
+    return prompts
 
 
 def units_of(num_prompts: int, num_per_prompt: int, prompts_at_once: int) -> list[Unit]:
@@ -267,6 +277,10 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--output", type=Path, help="by default test_results/ and a name of model and options")
     return command
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
 if __name__ == "__main__":

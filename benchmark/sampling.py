@@ -207,7 +207,7 @@ def merged_images(folder: UnitFolder, rows: Sequence[tuple[Unit, int]]) -> Itera
 
 
 def sample_seed(seed: int, condition: int | str, index: int) -> int:
-    """Seed of image `index` of a class or caption, in [0, 2^63): unrelated between images, on every machine the same."""
+    """Seed of an image of a class or caption, in [0, 2^63): the same on every machine, and unrelated between images."""
     return int.from_bytes(_hash("seed", seed, condition, index)[:8], "big") >> 1
 
 

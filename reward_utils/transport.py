@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-import httpx
+import httpx2
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,12 @@ class Server:
             raise ValueError(f"server address {self.url!r}: expected http://HOST:PORT/...")
         if self.timeout_s <= 0 or self.retries < 0:
             raise ValueError(
-                f"timeout of {self.timeout_s} s with {self.retries} retries: the one above 0, the other >= 0"
+                f"server_timeout_s is {self.timeout_s} and server_retries {self.retries}: more than 0, and 0 or more"
             )
-        timeout = httpx.Timeout(self.timeout_s, connect=min(CONNECT_TIMEOUT_S, self.timeout_s))
-        limits = httpx.Limits(max_connections=None)
-        self._client = httpx.Client(timeout=timeout, trust_env=False, headers=self.headers, limits=limits)
+        timeout = httpx2.Timeout(self.timeout_s, connect=min(CONNECT_TIMEOUT_S, self.timeout_s))
+        limits = httpx2.Limits(max_connections=None)
+        headers = {"Accept-Encoding": "identity", **self.headers}
+        self._client = httpx2.Client(timeout=timeout, trust_env=False, headers=headers, limits=limits)
 
     def post(self, path: str, content: bytes, content_type: str) -> bytes:
         """The body of a 200 reply.
@@ -79,27 +80,30 @@ class Server:
     def check(self, path: str = "") -> None:
         """Raise ServerError unless something at this address speaks HTTP, whatever it says."""
         try:
-            self._client.get(self.url.rstrip("/") + "/" + path.lstrip("/"))
-        except httpx.HTTPError as error:
+            with self._client.stream("GET", self._address(path)):
+                pass
+        except httpx2.HTTPError as error:
             raise self.error(f"no answer ({_describe(error)})") from None
 
     def error(self, reason: str) -> ServerError:
         """A ServerError about this server."""
         return ServerError(f"the server at {self.url}: {reason}. Start it with\n    {self.start_command}")
 
+    def _address(self, path: str) -> str:
+        return self.url.rstrip("/") + "/" + path.lstrip("/")
+
     def _request(self, method: str, path: str, **options) -> bytes:
-        address = self.url.rstrip("/") + "/" + path.lstrip("/")
         deadline = time.monotonic() + self.timeout_s
         try:
-            with self._client.stream(method, address, **options) as reply:
+            with self._client.stream(method, self._address(path), **options) as reply:
                 body = bytearray()
-                for piece in reply.iter_bytes():
+                for piece in reply.iter_raw():  # as sent: nothing is decompressed
                     body += piece
                     if time.monotonic() > deadline:
                         raise _Retryable(f"no complete answer within {self.timeout_s:g} s")
                     if len(body) > MAX_REPLY_BYTES:
                         raise self.error(f"an answer of more than {MAX_REPLY_BYTES} bytes, refused")
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise _Retryable(_describe(error)) from None
         if reply.status_code == 200:
             return bytes(body)
@@ -114,6 +118,6 @@ class _Retryable(Exception):
     pass
 
 
-def _describe(error: httpx.HTTPError) -> str:
+def _describe(error: httpx2.HTTPError) -> str:
     kind = type(error).__name__
     return f"{kind}: {error}" if str(error) else kind

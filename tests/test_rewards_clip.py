@@ -88,10 +88,11 @@ def test_small_forward_passes_give_the_same_scores(arguments, scorers):
 
 
 def test_texts_beyond_77_tokens_are_cut(scorers):
-    images = pictures(1).expand(2, -1, -1, -1).clone()
+    images = pictures(1).expand(3, -1, -1, -1).clone()
     long = words(75)  # and begin and end: 77
-    first, second = scorers["clip"](images, [long, long + " and much more"])
-    assert first == pytest.approx(second, abs=1e-6)
+    first, longer, other = scorers["clip"](images, [long, long + " and much more", words(74) + " z"])
+    assert first == pytest.approx(longer, abs=1e-6)
+    assert abs(first - other) > 1e-4  # the 75th word counts
 
 
 def test_each_distinct_text_is_encoded_once(arguments, monkeypatch):

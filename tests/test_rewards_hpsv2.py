@@ -82,9 +82,10 @@ def test_a_score_depends_on_its_own_pair_alone(judge):
 
 
 def test_texts_beyond_77_tokens_are_cut(judge):
-    image = pictures(1).expand(2, -1, -1, -1).clone()
-    first, second = judge(image, [words(80), words(80) + " and much more"])
-    assert first == pytest.approx(second, abs=1e-6)
+    image = pictures(1).expand(3, -1, -1, -1).clone()
+    first, longer, other = judge(image, [words(75), words(75) + " and much more", words(74) + " z"])
+    assert first == pytest.approx(longer, abs=1e-6)
+    assert abs(first - other) > 1e-4  # the 75th word counts
 
 
 def test_half_precision_files_are_loaded_to_float(judge, arguments, tmp_path):

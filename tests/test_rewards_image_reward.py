@@ -41,14 +41,14 @@ def reference_scores(folder, images, prompts):
     def below(prefix):
         return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
-    vision = official_vit(width=128, depth=2, patch=8, image_size=32).eval()
+    vision = official_vit(128, 2, 8, 32).eval()
     vision.load_state_dict(below("blip.visual_encoder."))
     config = BertConfig(
         vocab_size=36,
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=1,
-        intermediate_size=96,
+        intermediate_size=256,
         max_position_embeddings=40,
         type_vocab_size=1,
         is_decoder=True,
@@ -113,9 +113,11 @@ def test_a_score_depends_on_its_own_pair_alone(judge):
 
 
 def test_texts_beyond_35_tokens_are_cut(judge):
-    image = pictures(1).expand(2, -1, -1, -1).clone()
-    first, second = judge(image, ["a " * 33, "a " * 33 + "blue"])  # with [CLS] and [SEP]: 35
-    assert first == pytest.approx(second, abs=1e-5)
+    image = pictures(1).expand(3, -1, -1, -1).clone()
+    text = "a " * 33  # with [CLS] and [SEP]: 35
+    first, longer, other = judge(image, [text, text + "blue", "a " * 32 + "blue"])
+    assert first == pytest.approx(longer, abs=1e-5)
+    assert abs(first - other) > 1e-4  # the 33rd word counts
 
 
 def test_names_of_the_vision_tower():

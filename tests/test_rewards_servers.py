@@ -3,9 +3,10 @@
 import json
 import os
 import pickle
+import socket
 import threading
 
-import httpx
+import httpx2
 import msgpack
 import numpy as np
 import pytest
@@ -221,6 +222,31 @@ def test_a_slow_server_is_given_up():
         release.set()
 
 
+def test_an_answer_that_drips_is_given_up():
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not stop.wait(0.02):
+                try:
+                    connection.sendall(b"x")  # every piece in time, the whole never
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(ServerError, match=r"no complete answer within 0\.3 s, 1 attempts"):
+        Server(url, "start", timeout_s=0.3, retries=0).post("", b"", "text/plain")
+    stop.set()
+    thread.join(10)
+    listener.close()
+
+
 def test_an_endless_answer_is_refused(monkeypatch):
     monkeypatch.setattr("reward_utils.transport.MAX_REPLY_BYTES", 1000)
     with (
@@ -346,8 +372,8 @@ def test_a_token_is_asked_for_and_sent(reward_server, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     _, url = reward_server({"brightness": Brightness()})
     for headers in ({}, {"Authorization": "Bearer wrong"}):
-        assert httpx.get(url + "/health", headers=headers, trust_env=False).status_code == 401
-        assert httpx.post(url + "/score", headers=headers, content=b"", trust_env=False).status_code == 401
+        assert httpx2.get(url + "/health", headers=headers, trust_env=False).status_code == 401
+        assert httpx2.post(url + "/score", headers=headers, content=b"", trust_env=False).status_code == 401
     client = judges(["brightness"], remote_rewards=[f"brightness={url}"])["brightness"]
     client.check()
     assert len(client(pictures(1, 16), [""])) == 1
@@ -367,7 +393,7 @@ def test_a_token_is_asked_for_and_sent(reward_server, monkeypatch):
 def test_bad_requests_are_explained(reward_server, change, message):
     _, url = reward_server({"brightness": Brightness()})
     request = {"rewards": ["brightness"], "images": png_bytes(pictures(1, 8)), "prompts": ["a"], **change}
-    reply = httpx.post(url + "/score", content=msgpack.packb(request), trust_env=False)
+    reply = httpx2.post(url + "/score", content=msgpack.packb(request), trust_env=False)
     assert reply.status_code == 400
     assert message in reply.json()["error"]
 
@@ -375,10 +401,10 @@ def test_bad_requests_are_explained(reward_server, change, message):
 def test_a_body_that_is_no_request_is_refused(reward_server, monkeypatch):
     _, url = reward_server({"brightness": Brightness()})
     for body in (b"", b"\xc1", pickle.dumps({"rewards": ["brightness"]}), msgpack.packb([1])):
-        assert httpx.post(url + "/score", content=body, trust_env=False).status_code == 400
+        assert httpx2.post(url + "/score", content=body, trust_env=False).status_code == 400
     monkeypatch.setattr("reward_utils.server.MAX_REQUEST_BYTES", 10)
-    assert httpx.post(url + "/score", content=b"x" * 11, trust_env=False).status_code == 413
-    assert httpx.get(url + "/elsewhere", trust_env=False).status_code == 404
+    assert httpx2.post(url + "/score", content=b"x" * 11, trust_env=False).status_code == 413
+    assert httpx2.get(url + "/elsewhere", trust_env=False).status_code == 404
 
 
 def test_a_client_explains_what_the_server_does_not_have(reward_server):
@@ -408,6 +434,6 @@ def test_pictures_that_unpack_to_giants_are_refused(reward_server, monkeypatch):
     _, url = reward_server({"brightness": Brightness()})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     request = {"rewards": ["brightness"], "images": png_bytes(pictures(1, 16)), "prompts": ["a"]}
-    reply = httpx.post(url + "/score", content=msgpack.packb(request), trust_env=False)
+    reply = httpx2.post(url + "/score", content=msgpack.packb(request), trust_env=False)
     assert reply.status_code == 400
     assert "not a readable PNG" in reply.json()["error"]

@@ -2,11 +2,13 @@
 
 import torch
 from datasets import Dataset
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor, VQConfig, VQModel
 
 NUM_CLASSES = 5
 CLASS_NAMES = ["red circle", "green square", "blue star", "red star", "green circle"]
+WORDS = ["a", "red", "blue", "green", "circle", "square", "star", "left", "of", "and"]
 
 
 def make_policy(folder, **overrides):
@@ -25,6 +27,24 @@ def make_policy(folder, **overrides):
     torch.nn.init.normal_(policy.lm_head.weight, std=0.3)
     policy.save_pretrained(folder)
     return LlamaGenForCausalLM.from_pretrained(folder)
+
+
+def make_t5(folder, feature_dim=16):
+    """A random T5 of FLAN's kind whose tokenizer knows `WORDS`: ids 0 <pad>, 1 </s>, 2 <unk>, then the words."""
+    torch.manual_seed(9)
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(f"▁{word}", -2.0) for word in WORDS]
+    T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(vocab),
+        d_model=feature_dim,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
 
 
 def make_vq(codebook_size=64):

@@ -19,7 +19,7 @@ from toy.world import CLASSES, COLOURS, SHAPES, coverage, pixel_grid
 MIN_CHROMA = 0.22  # max - min of a pixel's channels; backgrounds stay below 0.1
 MIN_AREA = 0.02  # of the picture: 20 pixels of 32 x 32; the smallest class object covers 0.085
 MIN_PURITY = 0.85  # share of a region's inner pixels that have its main colour
-MIN_FIT = 0.80  # intersection over union with the best shape
+MIN_FIT = 0.74  # intersection over union with the best shape; a star drawn a little unevenly reaches no 0.8
 MIN_LEAD = 0.02  # of the best shape's fit over the second's
 MAX_STRAY = 0.02  # chromatic pixels outside the one object of a class picture, as a share of the picture
 ANGLE_STEP = math.radians(6)

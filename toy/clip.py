@@ -38,6 +38,9 @@ WORDS = (*_OTHER_WORDS.split(), *world.COLOURS, *world.SHAPES, *(f"{shape}s" for
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77  # as the released CLIP, so that callers may pad to it
 
+PATCH_SIZE = 4
+NUM_PATCH_CLASSES = len(world.CLASSES) + 2  # the classes, background, part of a spoilt object
+
 INITIAL_SCALE = 10.0  # 1 / temperature; capped, so that right and wrong pictures keep a wide gap in cosine
 LARGEST_SCALE = 20.0
 # How often each way to spoil a drawing is taken: half of another shape, half in another colour, a broken outline,
@@ -59,7 +62,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "image_size": world.IMAGE_SIZE,
-        "patch_size": 4,
+        "patch_size": PATCH_SIZE,
     }
     text = {
         "hidden_size": 48,
@@ -156,6 +159,20 @@ def contrastive_loss(
     against = torch.cat([own, others, spoilt.T[labels]], dim=1)  # [B, 1 + B + N]
     text_to_image = (against.logsumexp(1) - own[:, 0]).mean()
     return image_to_text, text_to_image
+
+
+def patch_classes(pictures: Tensor, labels: Tensor) -> Tensor:
+    """What each patch belongs to, int64 [B + N, patches] in [0, NUM_PATCH_CLASSES).
+
+    Args:
+        pictures: [B + N, 3, S, S] in [0, 1]; right ones first, then spoilt ones.
+        labels: classes [B] of the right ones.
+    """
+    background, spoilt = len(world.CLASSES), len(world.CLASSES) + 1
+    chromatic = (pictures.amax(1) - pictures.amin(1) > 0.3).float()  # [B + N, S, S]
+    on_object = F.avg_pool2d(chromatic, PATCH_SIZE).flatten(1) > 0.3  # [B + N, patches]
+    whole = torch.cat([labels, labels.new_full((len(pictures) - len(labels),), spoilt)])  # [B + N]
+    return torch.where(on_object, whole[:, None], background)
 
 
 def random_prompts(rng: np.random.Generator) -> list[str]:

@@ -24,8 +24,8 @@ USUAL_AREA = (0.09, 0.28)  # of the picture, what the world draws and a little m
 # Each quality is 1 up to the first number and falls to 0 at the second.
 HUE_GAP = (math.radians(5), math.radians(25))  # orange and yellow are 25 degrees apart
 PALE = (0.10, 0.45)  # distance in RGB of the blob's mean colour from the palette's nearest
-OUTLINE_GAP = (0.10, 0.45)  # distance in features from the nearest ideal shape, in units of FEATURE_SCALE
-EDGE_WIDTH = (1.3, 3.0)  # pixels
+OUTLINE_GAP = (0.10, 0.45)  # distance in features from the nearest ideal shape; a tokenizer's own is about 0.1
+EDGE_WIDTH = (1.3, 3.4)  # pixels; the tokenizer makes about 2 of a drawing's 1
 NOISE = (0.012, 0.06)  # standard deviation of what a 3 x 3 median removes
 PATCHES = (0.04, 0.20)  # standard deviation of the colour within the blob
 STRAY = (0.02, 0.30)  # of all that is seen, the share outside the blob, or in holes of it

@@ -1,8 +1,9 @@
 """Train the toy world's models from a seed: python -m toy.make --out toy/weights --seed 0
 
-Writes save_pretrained folders (config.json, model.safetensors): vq, gpt_nano, gpt_small, clip. Weights are stored in
-half precision and load as float32, since config.json says so. With --official each LlamaGen model is also written as
-the .pt file the official programs read. Other jobs: --reference OUT.npz, --picture OUT.png.
+Writes save_pretrained folders (config.json, model.safetensors): vq, gpt_nano, gpt_small, clip; and hpsv2, an open_clip
+folder. Weights are stored in half precision and load as float32, since config.json says so. With --official each
+LlamaGen model is also written as the .pt file the official programs read. Other jobs: --reference OUT.npz,
+--picture OUT.png.
 """
 
 # Legend: B images, T codes of an image, V codebook size, S image side in pixels
@@ -25,7 +26,7 @@ from transformers import CLIPModel
 
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, VQConfig, VQModel, checkpoints
 from llamagen.grids import labelled_grid, save_png
-from toy import clip, measure, world
+from toy import clip, measure, preference, world
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +52,32 @@ class TokenizerPhase:
     steps: int
     batch_size: int
     object_weight: float
+    variety: world.Variety
 
 
-# Backgrounds come first and would take every code; then shapes, which are few pixels with much to tell.
-VQ_PHASES = (TokenizerPhase(900, 24, object_weight=1.0), TokenizerPhase(800, 12, object_weight=5.0))
+# First backgrounds and colours, learned on a wider world; then shapes, which are few pixels with much to tell.
+VQ_PHASES = (
+    TokenizerPhase(900, 24, object_weight=1.0, variety=world.WIDE_VARIETY),
+    TokenizerPhase(800, 12, object_weight=5.0, variety=world.CLASS_VARIETY),
+)
 RESTART_UNTIL = 0.6  # share of a phase's steps in which codes that nobody uses are moved onto features
 
 LABEL_DROPOUT = 0.1  # share of labels replaced by the null class, as LlamaGen trains
-POOL_SIZE = 16_000  # pictures encoded once; every policy trains on their codes
+POOL_SIZE = 24_000  # pictures encoded once for each cycle of a policy's training
 
-CLIP_POOL_SIZE, CLIP_STEPS, CLIP_BATCH, CLIP_RATE = 6_000, 1200, 64, 1e-3
+CLIP_POOL_SIZE, CLIP_STEPS, CLIP_BATCH, CLIP_RATE = 6_000, 1600, 64, 1e-3
 
 WARMUP_STEPS = 30
 
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """Size and training length of one policy."""
+    """Size and training length of one policy: each cycle has its own pictures and its own cosine of `steps` steps."""
 
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
+    cycles: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -90,10 +96,10 @@ class PolicyRecipe:
 
 
 POLICIES = {
-    "gpt_nano": PolicyRecipe(128, 4, 4, steps=2000, batch_size=64, learning_rate=2e-3),
-    "gpt_small": PolicyRecipe(192, 6, 6, steps=1500, batch_size=64, learning_rate=1.5e-3),
+    "gpt_nano": PolicyRecipe(128, 4, 4, cycles=2, steps=1300, batch_size=64, learning_rate=2.5e-3),
+    "gpt_small": PolicyRecipe(192, 6, 6, cycles=2, steps=1300, batch_size=64, learning_rate=2e-3),
 }
-MODELS = ("vq", *POLICIES, "clip")
+MODELS = ("vq", *POLICIES, "clip", "hpsv2")
 
 # What `--seed 0` gave on 2 CPU cores; another machine's arithmetic moves the third digit.
 EXPECTED: dict[str, dict[str, float]] = {"vq": {}, "gpt_nano": {}, "gpt_small": {}, "clip": {}}
@@ -132,16 +138,18 @@ def make_model(name: str, out: Path, seed: int) -> dict[str, float]:
         reached = make_vq(out / name, seed)
     elif name == "clip":
         reached = make_clip(out / name, seed, VQModel.from_pretrained(out / "vq"))
+    elif name == "hpsv2":
+        reached = preference.make_preference(out / name, seed, VQModel.from_pretrained(out / "vq"))
     else:
         reached = make_policy(out / name, seed, POLICIES[name], VQModel.from_pretrained(out / "vq"))
     logger.info("%s: %.1f minutes", name, (time.monotonic() - started) / 60)
     for quantity, value in reached.items():
-        logger.info("  %-28s %8.4f   expected %8.4f", quantity, value, EXPECTED[name].get(quantity, math.nan))
+        logger.info("  %-28s %8.4f   expected %8.4f", quantity, value, EXPECTED.get(name, {}).get(quantity, math.nan))
     return reached
 
 
 def save_official(name: str, out: Path) -> None:
-    """Write `out`/`name`.pt in the official format; the toy CLIP has none."""
+    """Write `out`/`name`.pt in the official format; the judges have none."""
     if name == "vq":
         VQModel.from_pretrained(out / name).save_official(out / f"{name}.pt")
     elif name in POLICIES:
@@ -165,7 +173,7 @@ def _train_vq(vq: VQModel, phase: TokenizerPhase, rng: np.random.Generator, name
     optimizer = torch.optim.AdamW(vq.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
     uses = torch.zeros(CODEBOOK_SIZE)
     for step, bar in _training_steps(name, phase.steps, optimizer, VQ_RATE):
-        images = torch.from_numpy(world.draw_random_classes(phase.batch_size, rng, world.WIDE_VARIETY)[0]) * 2 - 1
+        images = torch.from_numpy(world.draw_random_classes(phase.batch_size, rng, phase.variety)[0]) * 2 - 1
         output = vq(images)
         error = output.reconstruction - images
         weight = 1 + (phase.object_weight - 1) * _near_objects(images)  # [B, 1, S, S]
@@ -194,11 +202,26 @@ def _restart_unused_codes(vq: VQModel, images: Tensor, uses: Tensor) -> None:
 
 def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> dict[str, float]:
     """Train a policy by maximum likelihood on codes, with condition dropout for guidance."""
-    name = folder.name
     rng = np.random.default_rng([seed, 1])
     torch.manual_seed(seed)
-    sequences = _code_pool(vq, POOL_SIZE, rng)  # [N, 1 + T]
     policy = LlamaGenForCausalLM(recipe.config()).train()
+    for cycle in range(1, recipe.cycles + 1):
+        _train_policy(policy, recipe, _code_pool(vq, POOL_SIZE, rng), f"{folder.name}, cycle {cycle}")
+    policy.eval()
+    policy.save_pretrained(folder)
+    halve(folder)
+    policy = LlamaGenForCausalLM.from_pretrained(folder).eval()
+    return {
+        "cross_entropy": measure.measure_cross_entropy(policy, vq),
+        **{
+            f"checker_accuracy_guidance_{scale:g}": measure.measure_accuracy(policy, vq, guidance_scale=scale)
+            for scale in (1.0, 2.0)
+        },
+    }
+
+
+def _train_policy(policy: LlamaGenForCausalLM, recipe: PolicyRecipe, sequences: Tensor, name: str) -> None:
+    """One cycle on [label | codes] [N, 1 + T]."""
     matrices = [p for p in policy.parameters() if p.ndim >= 2]
     vectors = [p for p in policy.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -211,17 +234,6 @@ def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> d
         _update(policy, optimizer, loss)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         bar.set_postfix(nats=f"{running:.4f}")
-    policy.eval()
-    policy.save_pretrained(folder)
-    halve(folder)
-    policy = LlamaGenForCausalLM.from_pretrained(folder).eval()
-    return {
-        "cross_entropy": measure.measure_cross_entropy(policy, vq),
-        **{
-            f"checker_accuracy_guidance_{scale:g}": measure.measure_accuracy(policy, vq, guidance_scale=scale)
-            for scale in (1.0, 2.0)
-        },
-    }
 
 
 def _code_pool(vq: VQModel, size: int, rng: np.random.Generator) -> Tensor:
@@ -254,24 +266,36 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) ->
 
 
 def make_clip(folder: Path, seed: int, vq: VQModel) -> dict[str, float]:
-    """Train the toy CLIP: right pictures against the texts, and against pictures that match no text."""
+    """Train the toy CLIP: right pictures against the texts, and against pictures that match no text.
+
+    A second loss, whose head is thrown away, lets every patch name the class it belongs to: without it, 35,000
+    pictures teach such a small vision transformer the colours only.
+    """
     rng = np.random.default_rng([seed, 2])
     torch.manual_seed(seed)
     tokenizer = clip.new_processor(folder).tokenizer
     model = clip.new_clip(tokenizer).train()
+    patch_head = nn.Linear(model.config.vision_config.hidden_size, clip.NUM_PATCH_CLASSES)
     pool = clip.PicturePool(vq, CLIP_POOL_SIZE, rng)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    trained = nn.ModuleList([model, patch_head])
+    optimizer = torch.optim.AdamW(trained.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     for _, bar in _training_steps("clip", CLIP_STEPS, optimizer, CLIP_RATE):
         images, labels, spoilt = pool.batch(CLIP_BATCH, CLIP_BATCH)
-        image_emb = measure.embed_images(model, torch.cat([images, spoilt]))  # [2 B, E]
+        pictures = torch.cat([images, spoilt])  # [2 B, 3, S, S]
+        seen = model.vision_model(pixel_values=measure.clip_pixels(pictures))
+        image_emb = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)  # [2 B, E]
         texts = tokenizer(clip.random_prompts(rng), padding=True, return_tensors="pt")
         text_emb = F.normalize(model.get_text_features(**texts).pooler_output, dim=-1)  # [C, E]
         scale = model.logit_scale.exp()
-        losses = clip.contrastive_loss(image_emb[:CLIP_BATCH], labels, image_emb[CLIP_BATCH:], text_emb, scale)
-        _update(model, optimizer, sum(losses) / 2)
+        to_text, to_image = clip.contrastive_loss(
+            image_emb[:CLIP_BATCH], labels, image_emb[CLIP_BATCH:], text_emb, scale
+        )
+        patch_logits = patch_head(seen.last_hidden_state[:, 1:])  # [2 B, patches, classes]
+        by_patch = F.cross_entropy(patch_logits.flatten(0, 1), clip.patch_classes(pictures, labels).flatten())
+        _update(trained, optimizer, (to_text + to_image) / 2 + by_patch)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(clip.LARGEST_SCALE))
-        bar.set_postfix(to_text=f"{losses[0].item():.3f}", to_image=f"{losses[1].item():.3f}")
+        bar.set_postfix(to_text=f"{to_text.item():.3f}", to_image=f"{to_image.item():.3f}")
     model.eval()
     model.save_pretrained(folder)
     halve(folder)

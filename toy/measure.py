@@ -102,8 +102,13 @@ def clip_similarity(clip: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, p
 
 def embed_images(clip: CLIPModel, images: Tensor) -> Tensor:
     """Unit embeddings [B, E] of images [B, 3, S, S] in [0, 1]."""
+    return F.normalize(clip.get_image_features(pixel_values=clip_pixels(images)).pooler_output, dim=-1)
+
+
+def clip_pixels(images: Tensor) -> Tensor:
+    """What the toy CLIP's image processor makes of images [B, 3, S, S] in [0, 1]: each channel shifted and scaled."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return F.normalize(clip.get_image_features(pixel_values=(images - mean) / std).pooler_output, dim=-1)
+    return (images - mean) / std
 
 
 def class_prompts() -> list[str]:

@@ -50,7 +50,7 @@ class Variety:
     gradient: float
 
 
-# Class pictures, and the wider range that the tokenizer learns so that it serves smaller and turned objects as well.
+# Class pictures, and a wider range on which the tokenizer learns first.
 CLASS_VARIETY = Variety((0.20, 0.28), 0.35, colour_jitter=0.015, grey=(0.1, 0.9), tint=0.01, gradient=0.04)
 WIDE_VARIETY = Variety((0.165, 0.25), math.pi, colour_jitter=0.04, grey=(0.1, 0.9), tint=0.04, gradient=0.10)
 

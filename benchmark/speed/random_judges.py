@@ -171,8 +171,9 @@ def save_maniqa(path: Path, seed: int = 0) -> Path:
     """A plain state dict of MANIQA in the size in force."""
     torch.manual_seed(seed)
     module = pyiqa_maniqa()
-    for layer in (module.fc_score[0], module.fc_score[3]):
-        layer.weight.data.mul_(6)  # pictures differ in the first digits
+    for head in (module.fc_score, module.fc_weight):
+        for layer in (head[0], head[3]):
+            layer.weight.data.mul_(6)  # pictures and patches differ in the first digits
     torch.save(module.state_dict(), path)
     return path
 

@@ -1,0 +1,60 @@
+"""What the speed figures of captions compare: the same rollouts, with and without shared prefixes and features."""
+
+import pytest
+import torch
+
+from benchmark.speed import rollout
+from llamagen import configuration, sampling
+from llamagen.text import T5TextEncoder
+from llamagen.transformer import TransformerBlock
+
+BATCH = 20  # three captions, of 10, 12 and 14 tokens; the last group has 4 of its 8 images
+
+
+@pytest.fixture
+def prefilled(monkeypatch):
+    """Prefixes that went through a block, a number per call; the preset is one block and images of 4 x 4 codes."""
+    monkeypatch.setitem(configuration.GPT_SIZES, "GPT-B", (32, 1, 4))
+    monkeypatch.setattr(configuration, "DOWNSAMPLE_FACTOR", 64)
+    rows, prefill = [], TransformerBlock.prefill
+
+    def record(block, hidden, *rest):
+        rows.append(len(hidden))
+        return prefill(block, hidden, *rest)
+
+    monkeypatch.setattr(TransformerBlock, "prefill", record)
+    return rows
+
+
+def test_both_paths_draw_the_same_codes_from_different_numbers_of_prefixes(prefilled):
+    codes = {}
+    for shared in (False, True):
+        sample = rollout.prepare_captions("GPT-B", 256, BATCH, 2.0, shared)
+        torch.manual_seed(1)
+        codes[shared] = sample()
+    assert torch.equal(codes[True], codes[False])
+    # a prefix and a null prefix an image; one a caption and one a length
+    assert prefilled == [2 * BATCH, 3 + 3]
+
+
+def test_prefill_alone_gives_the_same_hidden_states(prefilled):
+    hidden = {shared: rollout.prepare_prefill("GPT-B", 256, BATCH, 2.0, shared)()[0] for shared in (False, True)}
+    assert prefilled == [2 * BATCH, 3 + 3]
+    torch.testing.assert_close(hidden[True], hidden[False], atol=1e-5, rtol=1e-5)
+    assert sampling._distinct_rows(torch.zeros(4, 2))[0].tolist() == [0]  # the switch is off again
+
+
+def test_t5_runs_once_an_image_or_once_a_caption(tmp_path, monkeypatch):
+    rollout.save_t5(tmp_path, "tiny")
+    lengths, compute = [], T5TextEncoder._compute
+
+    def record(encoder, keys):
+        lengths.extend(map(len, keys))
+        return compute(encoder, keys)
+
+    monkeypatch.setattr(T5TextEncoder, "_compute", record)
+    rollout.prepare_t5(str(tmp_path), BATCH, False)()
+    assert lengths == [10] * 8 + [12] * 8 + [14] * 4
+    lengths.clear()
+    rollout.prepare_t5(str(tmp_path), BATCH, True)()
+    assert lengths == [10, 12, 14]
