@@ -45,6 +45,7 @@ CONFIG = {
     },
 }
 POOL_SIZE, STEPS, BATCH, RATE = 6_000, 700, 48, 1.5e-3
+DECODED_SHARE = 0.3  # of the pool; the tokenizer is the slow part of making it
 WARMUP_STEPS = 30
 # 1 / temperature, fixed. It sets how far apart good and bad pictures come to lie: HPSv2's 100 makes cosines that
 # differ by hundredths; this one some tenths, of the order of the toy CLIP's.
@@ -64,7 +65,9 @@ def make_preference(folder: Path, seed: int, vq: VQModel) -> dict[str, float]:
             better, worse, labels = pool.batch(BATCH)
             image_emb = F.normalize(model.encode_image(_normalised(torch.cat([better, worse]))), dim=-1)  # [2 B, E]
             text_emb = F.normalize(model.encode_text(tokenizer(clip.random_prompts(rng))), dim=-1)  # [C, E]
-            loss = preference_loss(image_emb[:BATCH], image_emb[BATCH:], text_emb[labels])
+            better_emb, worse_emb = image_emb.chunk(2)  # [B, E] each
+            loss = preference_loss(better_emb, worse_emb, text_emb[labels])
+            loss = loss + F.cross_entropy(SCALE * better_emb @ text_emb.T, labels)  # HPSv2 starts from a trained CLIP
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,7 +116,7 @@ def preference_loss(better: Tensor, worse: Tensor, texts: Tensor) -> Tensor:
 
 
 def measure_preference(
-    scorer: HPSv2Scorer, vq: VQModel, num: int = 512, seed: int = measure.HELD_OUT_SEED
+    scorer: HPSv2Scorer, vq: VQModel, num: int = 384, seed: int = measure.HELD_OUT_SEED
 ) -> dict[str, float]:
     """Shares of `num` fresh pairs, drawn and decoded from their codes, in which the drawing scores above the other."""
     better, worse, labels, kinds = draw_pairs(num, np.random.default_rng(seed))
@@ -216,21 +219,31 @@ class PairPool:
     def __init__(self, vq: VQModel, size: int, rng: np.random.Generator):
         self.rng = rng
         drawings, spoilt, labels, _ = draw_pairs(size, rng)
-        codes = measure.encode(vq, drawings)
+        num_decoded = round(DECODED_SHARE * size)
+        codes = measure.encode(vq, drawings[:num_decoded])
         decoded = vq.decode(codes).numpy()
+        decoded_spoilt = vq.decode(measure.encode(vq, spoilt[:num_decoded])).numpy()
         broken = vq.decode(clip.spoil_codes(codes, rng)).numpy()
-        decoded_spoilt = vq.decode(measure.encode(vq, spoilt)).numpy()
-        self.better = torch.cat([_to_bytes(images) for images in (drawings, decoded, decoded)])  # [3 size, 3, S, S]
-        self.worse = torch.cat([_to_bytes(images) for images in (spoilt, decoded_spoilt, broken)])
-        self.labels = torch.from_numpy(np.tile(labels, 3))
+        sources = ((drawings, spoilt), (decoded, decoded_spoilt), (decoded, broken))
+        self.sources = [(_to_bytes(better), _to_bytes(worse)) for better, worse in sources]
+        self.labels = torch.from_numpy(labels)
 
     def batch(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Better and worse pictures [num, 3, S, S] in [0, 1], pairs mirrored alike, and the labels [num]."""
-        rows = torch.from_numpy(self.rng.integers(0, len(self.better), num))
-        pairs = torch.stack([self.better[rows], self.worse[rows]]).float() / 255  # [2, num, 3, S, S]
+        """Better and worse pictures [num, 3, S, S] in [0, 1], mirrored alike, and labels [num].
+
+        As many from each source; `num` is a multiple of 3.
+        """
+        drawn = []
+        for better, worse in self.sources:
+            rows = torch.from_numpy(self.rng.integers(0, len(better), num // 3))
+            drawn.append((better[rows], worse[rows], self.labels[rows]))
+        better, worse, labels = (torch.cat(column) for column in zip(*drawn))
+        pairs = torch.stack([better, worse]).float() / 255  # [2, num, 3, S, S]
         if self.rng.random() < 0.5:
             pairs = pairs.flip(-1)
-        return pairs[0], pairs[1], self.labels[rows]
+        if self.rng.random() < 0.5:
+            pairs = pairs.transpose(-1, -2)
+        return pairs[0], pairs[1], labels
 
 
 def _rate_factor(step: int) -> float:

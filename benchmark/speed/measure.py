@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-WARMUP_RUNS = 1
+WARMUP_RUNS = 1  # on a GPU, where the first run compiles and chooses kernels; a CPU's first run is like its others
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Cost:
 
 
 def measure(prepare: Callable[..., Callable[[], object]], *arguments, repeats: int = 1) -> Cost:
-    """Run `prepare(*arguments)()` in a fresh process: once to warm up, then `repeats` times.
+    """Run `prepare(*arguments)()` in a fresh process: once to warm up on a GPU, then `repeats` times.
 
     Args:
         prepare: a function of a module (it is sent by name) that builds everything and returns what is measured.
@@ -59,7 +59,7 @@ def report(title: str, rows: dict[str, Cost], images: int, baseline: str) -> Non
     width = max(map(len, rows))
     for name, cost in rows.items():
         faster = rows[baseline].seconds / cost.seconds
-        memory = cost.peak_bytes / max(1, rows[baseline].peak_bytes)
+        memory = cost.peak_bytes / rows[baseline].peak_bytes if rows[baseline].peak_bytes else float("nan")
         sys.stdout.write(
             f"  {name:<{width}}  {images / cost.seconds:8.3f} images/s  {faster:5.2f} x    "
             f"peak {cost.peak_bytes / 2**20:8.0f} MiB  {memory:5.2f} x\n"
@@ -77,7 +77,7 @@ def _child(sender, prepare, arguments, repeats, threads) -> None:
     torch.set_num_threads(threads)
     run = prepare(*arguments)
     before = _memory_now()
-    for _ in range(WARMUP_RUNS):
+    for _ in range(WARMUP_RUNS if torch.cuda.is_available() else 0):
         run()
     seconds = min(_timed(run) for _ in range(repeats))
     sender.send(Cost(seconds, _memory_peak() - before))
