@@ -60,7 +60,7 @@ def parse(argument_classes: list[type], description: str) -> tuple:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
     # transformers renames options that TRL still sets by their old names: nothing that a user of this script could do
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for chatty in ("httpx", "datasets", "accelerate"):
+    for chatty in ("httpx", "httpx2", "datasets", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     return arguments

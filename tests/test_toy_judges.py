@@ -300,17 +300,18 @@ def vq():
 
 
 def test_a_drawing_is_preferred_to_its_spoilt_version(hpsv2, vq):
-    shares = preference.measure_preference(hpsv2, vq, num=192, seed=556)
+    shares = preference.measure_preference(hpsv2, vq)
     assert shares["preferred_drawn"] >= 0.9
-    assert shares["preferred_decoded"] >= 0.85
+    assert shares["preferred_decoded"] >= 0.8
+    for kind in ("blur", "noise", "hue", "cut"):
+        assert shares[f"preferred_over_{kind}"] >= 0.9, kind
 
 
-def test_the_right_text_is_preferred(hpsv2, drawn):
+def test_the_text_of_the_right_colour_is_preferred(hpsv2, drawn):
     images, prompts = drawn
     right = np.array(hpsv2(images, prompts))
-    for step in (1, 6, 7):
-        wrong = np.array(hpsv2(images, [prompts[(label + step) % 24] for label in range(24)]))
-        assert (right > wrong).mean() >= 0.9
+    wrong = np.array(hpsv2(images, [prompts[label - label % 6 + (label + 1) % 6] for label in range(24)]))
+    assert (right > wrong).mean() >= 0.9
 
 
 def test_preference_weights_are_half_precision_in_less_than_a_megabyte(hpsv2):

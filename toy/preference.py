@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,29 +55,10 @@ SCALE = 20.0
 
 
 def make_preference(folder: Path, seed: int, vq: VQModel) -> dict[str, float]:
-    """Train the preference model into `folder` and measure it on fresh pairs."""
-    rng = np.random.default_rng([seed, 5])
-    torch.manual_seed(seed)
-    model, tokenizer = new_model(folder)
-    pool = PairPool(vq, POOL_SIZE, rng)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_factor)
-    with tqdm(range(STEPS), desc="training hpsv2", unit="step") as bar:
-        for _ in bar:
-            better, worse, labels = pool.batch(BATCH)
-            image_emb = F.normalize(model.encode_image(_normalised(torch.cat([better, worse]))), dim=-1)  # [2 B, E]
-            text_emb = F.normalize(model.encode_text(tokenizer(clip.random_prompts(rng))), dim=-1)  # [C, E]
-            better_emb, worse_emb = image_emb.chunk(2)  # [B, E] each
-            loss = preference_loss(better_emb, worse_emb, text_emb[labels])
-            loss = loss + F.cross_entropy(SCALE * better_emb @ text_emb.T, labels)  # HPSv2 starts from a trained CLIP
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    checkpoints.save_safetensors(weights, folder / WEIGHTS_FILE)
+    """Train the preference model into `folder` and measure it on fresh pairs; a broken-off training changes nothing."""
+    with tempfile.TemporaryDirectory() as unfinished:
+        _train(Path(unfinished), seed, vq)
+        shutil.copytree(unfinished, folder, dirs_exist_ok=True)
     return measure_preference(load_scorer(folder), vq)
 
 
@@ -213,6 +196,32 @@ SPOILERS = {
 }
 
 
+def _train(folder: Path, seed: int, vq: VQModel) -> None:
+    """Train and write every file of the model."""
+    rng = np.random.default_rng([seed, 5])
+    torch.manual_seed(seed)
+    model, tokenizer = new_model(folder)
+    pool = PairPool(vq, POOL_SIZE, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_factor)
+    with tqdm(range(STEPS), desc="training hpsv2", unit="step") as bar:
+        for _ in bar:
+            better, worse, labels = pool.batch(BATCH)
+            image_emb = F.normalize(model.encode_image(_normalised(torch.cat([better, worse]))), dim=-1)  # [2 B, E]
+            text_emb = F.normalize(model.encode_text(tokenizer(clip.random_prompts(rng))), dim=-1)  # [C, E]
+            better_emb, worse_emb = image_emb.chunk(2)  # [B, E] each
+            loss = preference_loss(better_emb, worse_emb, text_emb[labels])
+            loss = loss + F.cross_entropy(SCALE * better_emb @ text_emb.T, labels)  # HPSv2 starts from a trained CLIP
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    weights = {name: _halved(tensor).contiguous() for name, tensor in model.state_dict().items()}
+    checkpoints.save_safetensors(weights, folder / WEIGHTS_FILE)
+
+
 class PairPool:
     """Training pairs, made once and kept as bytes: drawn, decoded from their codes, and with some codes replaced."""
 
@@ -244,6 +253,10 @@ class PairPool:
         if self.rng.random() < 0.5:
             pairs = pairs.transpose(-1, -2)
         return pairs[0], pairs[1], labels
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
 
 
 def _rate_factor(step: int) -> float:
