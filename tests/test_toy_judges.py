@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -190,12 +190,12 @@ def request_body(question, images, prompt, **changes) -> dict:
     return {"model": judge_server.MODEL, "messages": [{"role": "user", "content": parts}], **changes}
 
 
-def post(url, body) -> httpx.Response:
+def post(url, body) -> httpx2.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{url}/chat/completions", content=content, trust_env=False, timeout=30)
+    return httpx2.post(f"{url}/chat/completions", content=content, trust_env=False, timeout=30)
 
 
-def chat(url, *arguments, **changes) -> httpx.Response:
+def chat(url, *arguments, **changes) -> httpx2.Response:
     return post(url, request_body(*arguments, **changes))
 
 
@@ -214,7 +214,7 @@ def test_the_answer_has_the_keys_of_the_paper_in_a_json_fence(url, drawn):
 
 
 def test_the_model_is_listed_and_the_health_check_passes(url, judges):
-    listed = httpx.get(f"{url}/models", trust_env=False).json()["data"]
+    listed = httpx2.get(f"{url}/models", trust_env=False).json()["data"]
     assert [entry["id"] for entry in listed] == [judge_server.MODEL]
     judges["qwen_label"].check()
 
@@ -264,8 +264,8 @@ def test_what_is_no_question_is_refused_with_a_reason(url, body, message):
 
 
 def test_other_addresses_do_not_exist_and_huge_requests_are_not_read(url):
-    assert httpx.get(f"{url}/nothing", trust_env=False).status_code == 404
-    assert httpx.post(f"{url}/completions", content=b"{}", trust_env=False).status_code == 404
+    assert httpx2.get(f"{url}/nothing", trust_env=False).status_code == 404
+    assert httpx2.post(f"{url}/completions", content=b"{}", trust_env=False).status_code == 404
     connection = http.client.HTTPConnection(url.removeprefix("http://").removesuffix("/v1"), timeout=10)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Length", str(judge_server.MAX_REQUEST_BYTES + 1))
@@ -276,10 +276,10 @@ def test_other_addresses_do_not_exist_and_huge_requests_are_not_read(url):
 
 def test_the_server_is_gone_when_the_block_ends_even_by_an_error():
     with pytest.raises(RuntimeError, match="training failed"), judge_server.running_judge_server() as address:
-        assert httpx.get(f"{address}/models", trust_env=False).status_code == 200
+        assert httpx2.get(f"{address}/models", trust_env=False).status_code == 200
         raise RuntimeError("training failed")
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{address}/models", trust_env=False)
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{address}/models", trust_env=False)
 
 
 # --- the preference model ---
