@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -119,7 +120,7 @@ def run(settings: dict, options: argparse.Namespace, overrides: list[str]) -> No
 def train(config: Path, output_dir: Path, overrides: list[str]) -> None:
     """Run train_c2i.py, afresh: a quickstart that was done before is done again."""
     for old in output_dir.glob("checkpoint-*"):
-        _remove_folder(old)
+        shutil.rmtree(old)
     for old in [*output_dir.glob("samples/step-*.png"), *output_dir.glob("runs/*/events.out.*")]:
         old.unlink()
     command = [sys.executable, "train_c2i.py", "--config", str(config), "--output_dir", str(output_dir), *overrides]
@@ -191,12 +192,6 @@ def _mean_reward(rewards: RewardSuite, images: Tensor, captions: list[str]) -> f
 def _last_mean(log_history: list[dict], name: str, rows: int = 10) -> float:
     values = [row[name] for row in log_history if name in row][-rows:]
     return sum(values) / len(values) if values else 0.0
-
-
-def _remove_folder(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
