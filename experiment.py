@@ -148,6 +148,7 @@ def run(trainer: ImgGenGRPOTrainer, *arguments) -> None:
         raise
     trainer.save_model(str(Path(config.output_dir) / "final"))
     trainer.save_state()
+    trainer.accelerator.end_training()  # joins the process group's threads while the interpreter still runs
 
 
 def read_policy_config(model_config: ModelConfig, arguments: PolicyArguments, task: str) -> LlamaGenConfig:

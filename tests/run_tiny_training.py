@@ -71,6 +71,7 @@ def main():
         "metrics": trainer.state.log_history[0],
     }
     (options.folder / f"rank{config.process_index}.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
