@@ -96,6 +96,14 @@ class ImgGenGRPOConfig(GRPOConfig):
     detach_unconditional: bool = field(
         default=False, metadata={"help": "With guided log-probs, let no gradient through the unconditional branch."}
     )
+    condition_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of rollouts that the update scores under the null condition in their prompt's place, as in "
+            "training for guidance; sampling and rewards keep the prompt. The paper drops conditions and does not say "
+            "how many; its code drops none. `sampling/logp_difference` counts the dropped rollouts, too."
+        },
+    )
     samples_per_step: int | None = field(
         default=None,
         metadata={
@@ -119,6 +127,10 @@ class ImgGenGRPOConfig(GRPOConfig):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
+        if not 0.0 <= self.condition_dropout < 1.0:
+            raise ValueError(
+                f"condition_dropout={self.condition_dropout} is no share: use 0 (off) to below 1, e.g. 0.1"
+            )
         for option, only in FIXED_OPTIONS.items():
             if (given := getattr(self, option)) != only:
                 raise ValueError(f"{option}={given} has no meaning for image codes: leave it at {only}")
@@ -156,7 +168,8 @@ class ImgGenGRPOTrainer(GRPOTrainer):
     advantage is (r - mean) / (std + 1e-4) with the sample standard deviation of the group.
 
     A prompt is a class id or a caption; its completion is always T codes, without an end token. Overrides:
-    `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards;
+    `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards and drops
+    conditions;
     `_calculate_rewards` times them and fills what failed; `_get_per_token_logps_and_entropies` scores the guided or
     the conditional policy; `_compute_loss`, `training_step` and `log` add metrics; `_save_checkpoint` and
     `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was taken in the middle of.
@@ -238,8 +251,16 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         self._rollout_images = torch.stack(images).to(self.accelerator.device)  # [B, 3, H, W]
         # TRL keeps completions for its logs and sends them between processes: names suffice there
         outputs[3] = [f"image {number}" for number in range(len(images))]
+        outputs[0] = self._drop_conditions(outputs[0])
         self._images_drawn += len(images) * self.accelerator.num_processes
         return tuple(outputs)
+
+    def _drop_conditions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """The condition ids that the update sees: those of the prompts, but for a random share."""
+        if self.args.condition_dropout == 0 or not self.model.training:
+            return prompt_ids
+        dropped = torch.rand(len(prompt_ids)) < self.args.condition_dropout
+        return [self.processing_class.drop_condition(ids) if drop else ids for ids, drop in zip(prompt_ids, dropped)]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()

@@ -76,6 +76,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         guidance_scale: float = 1.0,
         guidance_interval: int = -1,
         detach_unconditional: bool = False,
+        condition_dropped: Tensor | None = None,
         **unused,
     ) -> BaseModelOutput:
         """Final hidden states of [condition | codes]; position P - 1 + t predicts code t.
@@ -92,6 +93,8 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             guidance_scale: s of classifier-free guidance; s <= 1 is the conditional policy, as in LlamaGen.
             guidance_interval: guidance is on for codes 0 .. interval + 1, -1 is all.
             detach_unconditional: let no gradient through the unconditional branch (which then keeps no activations).
+            condition_dropped: bool [B], rows of a t2i policy whose caption gives way to the null condition; a c2i
+                policy has the null class for that.
             unused: what trainers pass to every model (`use_cache`, `inputs_embeds` ...); it must be switched off.
 
         Returns:
@@ -101,7 +104,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             ValueError: for class ids, codes, lengths or caption features that do not fit the configuration.
         """
         _refuse_requests(unused)
-        condition, mask = self.embed_condition(input_ids, attention_mask, caption_embeds)
+        condition, mask = self.embed_condition(input_ids, attention_mask, caption_embeds, condition_dropped)
         if guidance_scale <= 1.0:
             return BaseModelOutput(last_hidden_state=self._run(condition, input_ids, mask))
         null, null_mask = self.embed_null(input_ids, attention_mask), mask
@@ -125,7 +128,11 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         return BaseModelOutput(last_hidden_state=guided)
 
     def embed_condition(
-        self, input_ids: Tensor, attention_mask: Tensor | None, caption_embeds: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        caption_embeds: Tensor | None,
+        condition_dropped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Condition embeddings [B, P, D] and the attention mask for the length of `input_ids` (None is causal)."""
         P = self.config.cls_token_num
@@ -133,7 +140,11 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         if self.config.task == "c2i":
             return self.cls_embedding(input_ids[:, :P]), None
         mask = None if attention_mask is None else caption_mask(attention_mask[:, :P], input_ids.shape[1])
-        return self.cls_embedding(caption_embeds.to(self.cls_embedding.uncond_embedding.dtype)), mask
+        null = self.cls_embedding.uncond_embedding  # [P, E]
+        features = caption_embeds.to(null.dtype)
+        if condition_dropped is not None:
+            features = torch.where(condition_dropped[:, None, None], null, features)
+        return self.cls_embedding(features), mask
 
     def embed_null(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Embeddings [B, P, D] of the null condition; it is seen through the same mask as its caption."""
@@ -234,6 +245,7 @@ class LlamaGenForCausalLM(LlamaGenPreTrainedModel, GenerationMixin):
         guidance_scale: float = 1.0,
         guidance_interval: int = -1,
         detach_unconditional: bool = False,
+        condition_dropped: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         scored_with: tuple[float, int, float] | None = None,
@@ -253,7 +265,14 @@ class LlamaGenForCausalLM(LlamaGenPreTrainedModel, GenerationMixin):
             nats, if there are labels.
         """
         hidden = self.model(
-            input_ids, attention_mask, caption_embeds, guidance_scale, guidance_interval, detach_unconditional, **unused
+            input_ids,
+            attention_mask,
+            caption_embeds,
+            guidance_scale,
+            guidance_interval,
+            detach_unconditional,
+            condition_dropped,
+            **unused,
         ).last_hidden_state
         if scored_with is not None:
             targets = labels[:, 1:]

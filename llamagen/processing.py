@@ -72,12 +72,26 @@ class LlamaGenProcessor(PreTrainedTokenizerBase):
         """What the policy needs beside the condition ids [B, P]: nothing for c2i, mask and features for t2i.
 
         Returns:
-            {} or {"attention_mask": [B, P], "caption_embeds": [B, P, E]}.
+            {} or {"attention_mask": [B, P], "caption_embeds": [B, P, E]}, with "condition_dropped" (bool [B]) where
+            `drop_condition` made some of the rows.
         """
         if self.text_encoder is None:
             return {}
+        dropped = condition_ids[:, 0] < 0
+        condition_ids = torch.where(dropped[:, None], ~condition_ids, condition_ids)
         mask = condition_ids.ne(self.pad_token_id).long()
-        return {"attention_mask": mask, "caption_embeds": self.text_encoder.encode_ids(condition_ids, mask)}
+        condition = {"attention_mask": mask, "caption_embeds": self.text_encoder.encode_ids(condition_ids, mask)}
+        return {**condition, "condition_dropped": dropped} if dropped.any() else condition
+
+    def drop_condition(self, condition_ids: list[int]) -> list[int]:
+        """Ids [P] that stand for the null condition in this prompt's place.
+
+        For c2i the null class. For t2i every id is complemented (~id, negative): the null condition is seen through
+        the mask of the caption that it replaces, so the caption must stay legible.
+        """
+        if self.text_encoder is None:
+            return [self.config.num_classes]
+        return [~number for number in condition_ids]
 
     def batch_decode(self, sequences: Tensor | list[list[int]], **kwargs) -> list[Tensor]:
         """Images of B completions of T codes each: B tensors [3, H, W], float32 in [0, 1], where the decoder is."""

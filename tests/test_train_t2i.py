@@ -147,6 +147,26 @@ def conditional_logps(trainer, sequence):
     return logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
 
 
+def test_a_dropped_caption_is_the_null_features_behind_the_captions_own_mask(trainer):
+    trained = trainer("left", P)
+    processor, policy = trained.processing_class, trained.model
+    ids = processor(text=CAPTIONS)["input_ids"]
+    kept = processor.condition(torch.tensor(ids))
+    mixed = processor.condition(torch.tensor([ids[0], *(processor.drop_condition(row) for row in ids[1:])]))
+    assert torch.equal(mixed["attention_mask"], kept["attention_mask"])
+    assert mixed["condition_dropped"].tolist() == [False] + [True] * (len(CAPTIONS) - 1)
+    codes = torch.arange(len(CAPTIONS) * 16).view(-1, 16) % policy.config.vocab_size
+    sequences = torch.cat((torch.tensor(ids), codes), dim=1)
+    null = policy.model.cls_embedding.uncond_embedding.expand(len(CAPTIONS), -1, -1)
+    with torch.no_grad():
+        found = policy(input_ids=sequences, **mixed).logits[:, P - 1 :]
+        whole = policy(input_ids=sequences, **kept).logits[:, P - 1 :]
+        given = policy(input_ids=sequences, **{**kept, "caption_embeds": null}).logits[:, P - 1 :]
+    assert torch.equal(found[0], whole[0])
+    assert torch.equal(found[1:], given[1:])
+    assert not torch.allclose(whole[1:], given[1:], atol=1e-3)
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_the_mask_that_the_processor_reads_off_the_ids_is_the_encoders(t5, tmp_path, padding):
     encoder = T5TextEncoder(t5, P, padding=padding, device="cpu")

@@ -157,6 +157,35 @@ def test_conditional_log_probs_are_not_those_of_the_policy_that_sampled_and_it_s
     assert metrics["entropy/guided"] < metrics["entropy/conditional"]
 
 
+def test_dropped_conditions_are_scored_under_the_null_class_and_sampled_under_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, condition_dropout=0.5, num_iterations=2, guidance_scale=3.0)
+    trainer.model.train()
+    rows = next(iter(trainer.get_train_dataloader()))
+    inputs = trainer._generate_and_score_completions(rows)
+    null = trainer.processing_class.config.num_classes
+    asked = torch.tensor([int(row["prompt"]) for row in rows])
+    scored = inputs["prompt_ids"][:, 0]
+    dropped = scored == null
+    assert 0 < dropped.sum() < len(rows)
+    assert torch.equal(scored[~dropped], asked[~dropped])
+
+    def logps(labels):  # of the rollouts, by way of all logits
+        sequences = torch.cat((labels[:, None], inputs["completion_ids"]), dim=1)
+        with torch.no_grad():
+            logits = trainer.model(input_ids=sequences, guidance_scale=3.0).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None]).squeeze(-1)
+
+    torch.testing.assert_close(inputs["sampling_per_token_logps"], logps(asked), atol=1e-4, rtol=0)
+    expected = torch.where(dropped[:, None], logps(torch.full_like(asked, null)), logps(asked))
+    torch.testing.assert_close(inputs["old_per_token_logps"], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(inputs["ref_per_token_logps"], expected, atol=1e-4, rtol=0)
+
+
+def test_a_share_of_conditions_to_drop_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"condition_dropout=1\.5 is no share"):
+        ImgGenGRPOConfig(output_dir=str(tmp_path), use_cpu=True, condition_dropout=1.5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"logps_guidance": "conditional"}])
 def test_one_batch_of_8_equals_two_accumulated_batches_of_4(tmp_path, settings):
     steps = {}
