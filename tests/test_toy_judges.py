@@ -301,17 +301,19 @@ def vq():
 
 def test_a_drawing_is_preferred_to_its_spoilt_version(hpsv2, vq):
     shares = preference.measure_preference(hpsv2, vq)
-    assert shares["preferred_drawn"] >= 0.9
-    assert shares["preferred_decoded"] >= 0.8
-    for kind in ("blur", "noise", "hue", "cut"):
+    assert shares["preferred_drawn"] >= 0.97
+    assert shares["preferred_decoded"] >= 0.92
+    for kind in preference.SPOILERS:
         assert shares[f"preferred_over_{kind}"] >= 0.9, kind
 
 
-def test_the_text_of_the_right_colour_is_preferred(hpsv2, drawn):
+@pytest.mark.parametrize("other", ["colour", "shape"])
+def test_the_text_of_the_right_class_is_preferred(hpsv2, drawn, other):
     images, prompts = drawn
-    right = np.array(hpsv2(images, prompts))
-    wrong = np.array(hpsv2(images, [prompts[label - label % 6 + (label + 1) % 6] for label in range(24)]))
-    assert (right > wrong).mean() >= 0.9
+    labels = np.arange(24)
+    wrong = labels - labels % 6 + (labels + 1) % 6 if other == "colour" else (labels + 6) % 24
+    preferred = np.array(hpsv2(images, prompts)) > np.array(hpsv2(images, [prompts[label] for label in wrong]))
+    assert preferred.mean() >= 0.9
 
 
 def test_preference_weights_are_half_precision_in_less_than_a_megabyte(hpsv2):
@@ -320,7 +322,7 @@ def test_preference_weights_are_half_precision_in_less_than_a_megabyte(hpsv2):
     folder = WEIGHTS / "hpsv2"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
     stored = load_file(folder / preference.WEIGHTS_FILE)
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
     hpsv2.load()
     assert {p.dtype for p in hpsv2.network.module.parameters()} == {torch.float32}
 

@@ -112,7 +112,7 @@ EXPECTED: dict[str, dict[str, float]] = {
     },
     "gpt_small": {},
     "clip": {"zero_shot_drawn": 0.941, "zero_shot_decoded": 0.896},
-    "hpsv2": {"preferred_drawn": 0.91, "preferred_decoded": 0.83},
+    "hpsv2": {"preferred_drawn": 0.997, "preferred_decoded": 0.945},
 }
 
 

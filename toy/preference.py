@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": world.IMAGE_SIZE, "patch_size": 4, "width": 64, "layers": 3, "head_width": 16},
+    # Convolutions tell shapes apart after minutes in which a vision transformer of this size learns colours alone.
+    "vision_cfg": {
+        "image_size": world.IMAGE_SIZE,
+        "timm_model_name": "test_resnet",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+    },
     "text_cfg": {
         "context_length": 32,
         "vocab_size": None,  # the tokenizer's
@@ -46,7 +52,7 @@ CONFIG = {
         "hf_tokenizer_name": "of this folder",  # any name: open_clip takes the files beside its configuration
     },
 }
-POOL_SIZE, STEPS, BATCH, RATE = 6_000, 700, 48, 1.5e-3
+POOL_SIZE, STEPS, BATCH, RATE = 6_000, 1300, 48, 2e-3
 DECODED_SHARE = 0.3  # of the pool; the tokenizer is the slow part of making it
 WARMUP_STEPS = 30
 # 1 / temperature, fixed. It sets how far apart good and bad pictures come to lie: HPSv2's 100 makes cosines that
