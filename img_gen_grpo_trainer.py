@@ -293,7 +293,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 outputs = model(
                     input_ids=rows,
-                    **self.processing_class.condition(rows[:, :condition_length]),
+                    **self.processing_class.distinct_condition(rows[:, :condition_length]),
                     guidance_scale=self.args.guidance_scale if guided else 1.0,
                     guidance_interval=self.args.guidance_interval,
                     detach_unconditional=self.args.detach_unconditional,

@@ -77,6 +77,7 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         guidance_interval: int = -1,
         detach_unconditional: bool = False,
         condition_dropped: Tensor | None = None,
+        condition_index: Tensor | None = None,
         **unused,
     ) -> BaseModelOutput:
         """Final hidden states of [condition | codes]; position P - 1 + t predicts code t.
@@ -87,14 +88,16 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
 
         Args:
             input_ids: int64 [B, P + T'], T' <= T. A class id for c2i; for t2i the first P entries are not read.
-            attention_mask: [B, P] or longer; nonzero where a condition position holds a caption feature. Only the
+            attention_mask: [U, P] or longer; nonzero where a condition position holds a caption feature. Only the
                 first P columns are read; None is all valid. Ignored for c2i.
-            caption_embeds: features [B, P, E] of the captions for t2i, None for c2i.
+            caption_embeds: features [U, P, E] of the captions for t2i, None for c2i.
             guidance_scale: s of classifier-free guidance; s <= 1 is the conditional policy, as in LlamaGen.
             guidance_interval: guidance is on for codes 0 .. interval + 1, -1 is all.
             detach_unconditional: let no gradient through the unconditional branch (which then keeps no activations).
-            condition_dropped: bool [B], rows of a t2i policy whose caption gives way to the null condition; a c2i
-                policy has the null class for that.
+            condition_dropped: bool [U], captions of a t2i policy that give way to the null condition; a c2i policy has
+                the null class for that.
+            condition_index: int64 [B], which of U captions each row follows, so that rollouts of one caption share the
+                work on it; None if each row has its own, U = B.
             unused: what trainers pass to every model (`use_cache`, `inputs_embeds` ...); it must be switched off.
 
         Returns:
@@ -104,19 +107,22 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
             ValueError: for class ids, codes, lengths or caption features that do not fit the configuration.
         """
         _refuse_requests(unused)
-        condition, mask = self.embed_condition(input_ids, attention_mask, caption_embeds, condition_dropped)
+        self.check_inputs(input_ids, attention_mask, caption_embeds, condition_index)
+        condition, valid = self.embed_condition(input_ids, attention_mask, caption_embeds, condition_dropped)
+        index = torch.arange(len(input_ids), device=input_ids.device) if condition_index is None else condition_index
         if guidance_scale <= 1.0:
-            return BaseModelOutput(last_hidden_state=self._run(condition, input_ids, mask))
-        null, null_mask = self.embed_null(input_ids, attention_mask), mask
+            return BaseModelOutput(last_hidden_state=self._run(condition, valid, index, input_ids))
+        null, null_valid, null_index = self.embed_null(valid, index)
         if detach_unconditional:
-            conditional = self._run(condition, input_ids, mask)
+            conditional = self._run(condition, valid, index, input_ids)
             with torch.no_grad():
-                unconditional = self._run(null, input_ids, null_mask)
+                unconditional = self._run(null, null_valid, null_index, input_ids)
         else:
             both = self._run(
-                torch.cat((condition, null)),  # [2 B, P, D]
+                torch.cat((condition, null)),  # [U + U', P, D]
+                None if valid is None else torch.cat((valid, null_valid)),
+                torch.cat((index, len(condition) + null_index)),
                 torch.cat((input_ids, input_ids)),
-                None if mask is None else torch.cat((mask, null_mask)),
             )
             conditional, unconditional = both.chunk(2)  # [B, P + T', D] each
         guided = guide(conditional, unconditional, guidance_scale)
@@ -134,39 +140,41 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         caption_embeds: Tensor | None,
         condition_dropped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Condition embeddings [B, P, D] and the attention mask for the length of `input_ids` (None is causal)."""
+        """Condition embeddings [U, P, D] and which positions of them count, [U, P]; None is all of them."""
         P = self.config.cls_token_num
-        self._check_inputs(input_ids, attention_mask, caption_embeds)
         if self.config.task == "c2i":
             return self.cls_embedding(input_ids[:, :P]), None
-        mask = None if attention_mask is None else caption_mask(attention_mask[:, :P], input_ids.shape[1])
         null = self.cls_embedding.uncond_embedding  # [P, E]
         features = caption_embeds.to(null.dtype)
         if condition_dropped is not None:
             features = torch.where(condition_dropped[:, None, None], null, features)
-        return self.cls_embedding(features), mask
+        return self.cls_embedding(features), None if attention_mask is None else attention_mask[:, :P].ne(0)
 
-    def embed_null(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Embeddings [B, P, D] of the null condition; it is seen through the same mask as its caption."""
+    def embed_null(self, valid: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The null condition for rows that follow condition `index` [B], seen through that condition's own positions.
+
+        It depends on a caption through those positions alone, so there is one per distinct row of `valid` [U, P].
+
+        Returns:
+            embeddings [U', P, D], positions that count [U', P] or None, and the row of each rollout in them [B].
+        """
         if self.config.task == "c2i":
-            return self.cls_embedding(torch.full_like(input_ids[:, :1], self.config.num_classes))
-        return self.cls_embedding(self.cls_embedding.uncond_embedding.expand(len(input_ids), -1, -1))
+            null = self.cls_embedding(torch.full_like(index[:1, None], self.config.num_classes))
+            return null, None, torch.zeros_like(index)
+        null = self.cls_embedding(self.cls_embedding.uncond_embedding[None])  # [1, P, D]
+        if valid is None:
+            return null, None, torch.zeros_like(index)
+        kinds, kind = torch.unique(valid, dim=0, return_inverse=True)
+        return null.expand(len(kinds), -1, -1), kinds, kind[index]
 
-    def rotary(self, device: torch.device) -> Tensor:
-        """The rotary table [P + T, d/2, 2] on `device`, made once."""
-        if device not in self._rotary:
-            self._rotary[device] = rotary_table(self.config, device)
-        return self._rotary[device]
-
-    def _run(self, condition: Tensor, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        codes = self.tok_embeddings(input_ids[:, self.config.cls_token_num :])  # [B, T', D]
-        hidden = torch.cat((condition, codes), dim=1)  # [B, P + T', D]
-        rotary = self.rotary(hidden.device)[: hidden.shape[1]]
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, mask)
-        return self.norm(hidden)
-
-    def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None, caption_embeds: Tensor | None) -> None:
+    def check_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        caption_embeds: Tensor | None,
+        condition_index: Tensor | None = None,
+    ) -> None:
+        """Raise the errors of `forward` for ids, codes, lengths and features that do not fit the configuration."""
         config, P = self.config, self.config.cls_token_num
         if input_ids.ndim != 2 or not P <= input_ids.shape[1] <= P + config.image_token_num:
             raise ValueError(
@@ -186,11 +194,29 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
                 "a text-conditional policy needs caption_embeds [B, P, E]: encode the captions with "
                 "llamagen.text.T5TextEncoder, or use task='c2i' weights for class labels"
             )
-        expected = [len(input_ids), P, config.caption_dim]
+        num_captions = len(input_ids) if condition_index is None else len(caption_embeds)
+        expected = [num_captions, P, config.caption_dim]
         if list(caption_embeds.shape) != expected:
             raise ValueError(f"caption_embeds is {list(caption_embeds.shape)}, expected {expected} (B, P, E)")
         if attention_mask is not None and attention_mask.shape[1] < P:
             raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, fewer than the {P} of a caption")
+
+    def rotary(self, device: torch.device) -> Tensor:
+        """The rotary table [P + T, d/2, 2] on `device`, made once."""
+        if device not in self._rotary:
+            self._rotary[device] = rotary_table(self.config, device)
+        return self._rotary[device]
+
+    def _run(self, prefix: Tensor, valid: Tensor | None, index: Tensor, input_ids: Tensor) -> Tensor:
+        """Final hidden states [B, P + T', D] of codes behind `prefix` [U, P, D]; each prefix is computed once."""
+        codes = self.tok_embeddings(input_ids[:, self.config.cls_token_num :])  # [B, T', D]
+        rotary = self.rotary(codes.device)[: input_ids.shape[1]]
+        masks = (None, None)
+        if valid is not None:
+            masks = caption_mask(valid, prefix.shape[1]), caption_mask(valid[index], input_ids.shape[1])
+        for layer in self.layers:
+            prefix, codes = layer(prefix, codes, index, rotary, masks)
+        return torch.cat((self.norm(prefix)[index], self.norm(codes)), dim=1)
 
 
 @dataclass
@@ -246,6 +272,7 @@ class LlamaGenForCausalLM(LlamaGenPreTrainedModel, GenerationMixin):
         guidance_interval: int = -1,
         detach_unconditional: bool = False,
         condition_dropped: Tensor | None = None,
+        condition_index: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         scored_with: tuple[float, int, float] | None = None,
@@ -272,6 +299,7 @@ class LlamaGenForCausalLM(LlamaGenPreTrainedModel, GenerationMixin):
             guidance_interval,
             detach_unconditional,
             condition_dropped,
+            condition_index,
             **unused,
         ).last_hidden_state
         if scored_with is not None:

@@ -83,6 +83,13 @@ class LlamaGenProcessor(PreTrainedTokenizerBase):
         condition = {"attention_mask": mask, "caption_embeds": self.text_encoder.encode_ids(condition_ids, mask)}
         return {**condition, "condition_dropped": dropped} if dropped.any() else condition
 
+    def distinct_condition(self, condition_ids: Tensor) -> dict[str, Tensor]:
+        """`condition` once per distinct prompt, [U, ...], and "condition_index" [B], which of them each row follows."""
+        if self.text_encoder is None:
+            return {}
+        kinds, index = torch.unique(condition_ids, dim=0, return_inverse=True)
+        return {**self.condition(kinds), "condition_index": index}
+
     def drop_condition(self, condition_ids: list[int]) -> list[int]:
         """Ids [P] that stand for the null condition in this prompt's place.
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llamagen.transformer import caption_mask
+
 if TYPE_CHECKING:
     from llamagen.modeling import LlamaGenForCausalLM
 
@@ -102,6 +104,7 @@ def sample_codes(
         ValueError: if a setting is outside its range, or the number of generators is not B.
     """
     _check_settings(policy, input_ids, temperature, top_p, generator)
+    policy.model.check_inputs(input_ids, attention_mask, caption_embeds)
     budget = cache_budget_bytes or CACHE_BUDGET_BYTES.get(input_ids.device.type, CACHE_BUDGET_BYTES["cpu"])
     rows_per_rollout = 2 if guidance_scale > 1.0 else 1
     chunk = max(1, budget // (rows_per_rollout * _cache_bytes_per_row(policy, input_ids.device)))
@@ -252,18 +255,15 @@ def _prefill(policy, input_ids, attention_mask, caption_embeds, guided):
     rows, index = _distinct_conditions(policy, input_ids, attention_mask, caption_embeds)
     mask = None if attention_mask is None else attention_mask[rows]
     embeds = None if caption_embeds is None else caption_embeds[rows]
-    condition, allowed = backbone.embed_condition(input_ids[rows], mask, embeds)  # [U, P, D]
-    valid = _valid_positions(policy, input_ids[rows], mask)  # [U, P]
+    condition, valid = backbone.embed_condition(input_ids[rows], mask, embeds)  # [U, P, D], [U, P]
     if guided:
-        null_rows, null_index = _distinct_rows(valid)
-        null = backbone.embed_null(input_ids[rows][null_rows], None)
-        if policy.config.task == "c2i":
-            null_rows, null_index, null = null_rows[:1], torch.zeros_like(null_index), null[:1]
-        index = torch.cat((index, len(rows) + null_index[index]))  # [2 B]
+        null, null_valid, null_index = backbone.embed_null(valid, index)
+        index = torch.cat((index, len(rows) + null_index))  # [2 B]
         condition = torch.cat((condition, null))
-        allowed = None if allowed is None else torch.cat((allowed, allowed[null_rows]))
-        valid = torch.cat((valid, valid[null_rows]))
-
+        valid = None if valid is None else torch.cat((valid, null_valid))
+    allowed = None if valid is None else caption_mask(valid, condition.shape[1])
+    if valid is None:
+        valid = torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
     weights = (valid / valid.sum(dim=1, keepdim=True)).to(torch.float32)  # [U, P]
     rotary = backbone.rotary(condition.device)[: condition.shape[1]]
     hidden, cache = condition, None
@@ -323,13 +323,6 @@ def _distinct_rows(table: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(table), device=table.device)
     first = torch.full((len(kinds),), len(table), device=table.device).scatter_reduce(0, index, rows, "amin")
     return first, index
-
-
-def _valid_positions(policy, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    P = policy.config.cls_token_num
-    if policy.config.task == "c2i" or attention_mask is None:
-        return torch.ones(len(input_ids), P, dtype=torch.long, device=input_ids.device)
-    return attention_mask[:, :P].ne(0).long()
 
 
 def _prefix_bias(policy, num_valid: Tensor) -> Tensor | None:

@@ -24,13 +24,23 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; `mask` as in `attend`."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask)
-        return hidden + self.feed_forward(self.ffn_norm(hidden))
+    def forward(
+        self, prefix: Tensor, codes: Tensor, index: Tensor, rotary: Tensor, masks: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Conditions [U, P, D] and codes [B, T, D] that follow one of them each -> the same shapes.
+
+        Args:
+            index: int64 [B], which condition each row of codes follows.
+            rotary: table of the P + T positions.
+            masks: as in `attend`, of the conditions [U, 1, P, P] and of whole sequences [B, 1, P + T, P + T].
+        """
+        prefix_mask, mask = masks
+        prefix, values = self.prefill(prefix, rotary[: prefix.shape[1]], prefix_mask)
+        codes = codes + self.attention.after_prefix(self.attention_norm(codes), values[index], rotary, mask)
+        return prefix, codes + self.feed_forward(self.ffn_norm(codes))
 
     def prefill(self, hidden: Tensor, rotary: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Like `forward`; also gives the values [B, K, P, d], which are all that a later code reads of a condition."""
+        """Conditions alone; also gives the values [B, K, P, d], which are all that a later code reads of them."""
         attended, values = self.attention.prefill(self.attention_norm(hidden), rotary, mask)
         hidden = hidden + attended
         return hidden + self.feed_forward(self.ffn_norm(hidden)), values
@@ -55,12 +65,17 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.hidden_size, rows, bias=False)
         self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
-        return self.prefill(hidden, rotary, mask)[0]
-
     def prefill(self, hidden: Tensor, rotary: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         queries, keys, values = self._project(hidden, rotary)
         return self._merge(attend(queries, keys, values, mask)), values
+
+    def after_prefix(self, hidden: Tensor, prefix_values: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        """Codes [B, T, D] behind conditions of which only the values [B, K, P, d] count: their keys are zero."""
+        P = prefix_values.shape[2]
+        queries, keys, values = self._project(hidden, rotary[P:])
+        queries, keys = F.pad(queries, (0, 0, P, 0)), F.pad(keys, (0, 0, P, 0))  # [B, H, P + T, d]
+        attended = attend(queries, keys, torch.cat((prefix_values, values), dim=2), mask)
+        return self._merge(attended[:, :, P:])
 
     def decode(self, hidden: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, slot: int, bias: Tensor | None):
         query, key, value = self._project(hidden, rotary)  # [B, H, 1, d], [B, K, 1, d], [B, K, 1, d]

@@ -1,9 +1,11 @@
 """What the speed figures of captions compare: the same rollouts, with and without shared prefixes and features."""
 
+from unittest import mock
+
 import pytest
 import torch
 
-from benchmark.speed import rollout
+from benchmark.speed import rollout, update
 from llamagen import configuration, sampling
 from llamagen.text import T5TextEncoder
 from llamagen.transformer import TransformerBlock
@@ -41,7 +43,27 @@ def test_prefill_alone_gives_the_same_hidden_states(prefilled):
     hidden = {shared: rollout.prepare_prefill("GPT-B", 256, BATCH, 2.0, shared)()[0] for shared in (False, True)}
     assert prefilled == [2 * BATCH, 3 + 3]
     torch.testing.assert_close(hidden[True], hidden[False], atol=1e-5, rtol=1e-5)
-    assert sampling._distinct_rows(torch.zeros(4, 2))[0].tolist() == [0]  # the switch is off again
+    assert sampling._distinct_conditions.__module__ == sampling.__name__  # the switch is off again
+
+
+def test_the_update_gets_the_same_gradients_from_fewer_prefixes(prefilled):
+    gradients = {}
+    for shared in (False, True):
+        torch.manual_seed(2)
+        policies, build = [], update.random_text_policy
+
+        def remember(*sizes, policies=policies, build=build):
+            policy, condition = build(*sizes)
+            policies.append(policy)
+            return policy, condition
+
+        with mock.patch.object(update, "random_text_policy", remember):
+            update.prepare_captions("GPT-B", 256, BATCH, 2.0, shared)()
+        gradients[shared] = [parameter.grad for parameter in policies[0].parameters()]
+    assert prefilled == [BATCH + 3, 3 + 3]  # the null prefix is one a length either way
+    assert max(gradient.abs().max() for gradient in gradients[True]) > 1e-3
+    for found, expected in zip(gradients[True], gradients[False], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_t5_runs_once_an_image_or_once_a_caption(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from benchmark.speed import plain
 from benchmark.speed.measure import describe_machine, measure, report
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, sampling
+from llamagen.modeling import LlamaGenModel
 from llamagen.text import PAD_ID, T5TextEncoder
 
 GROUP = 8  # rollouts of one prompt, as in training
@@ -38,7 +39,6 @@ T5_SIZES = {  # feature size, layers, heads, inner size: FLAN-T5's encoders
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_size_arguments(parser)
-    parser.add_argument("--task", default="c2i", choices=("c2i", "t2i"))
     parser.add_argument("--t5", default="base", choices=T5_SIZES, help="size of the text encoder (t2i)")
     options = parser.parse_args()
     (compare_captions if options.task == "t2i" else compare_classes)(options)
@@ -115,24 +115,26 @@ def prepare_t5(folder: str, batch: int, shared: bool) -> Callable:
 
 @contextmanager
 def a_prefix_per_image() -> Iterator[None]:
-    """Within: the sampler takes every row for a condition of its own, and gives each a null prefix of its own."""
+    """Within: every row is taken for a condition of its own, and gets a null prefix of its own."""
 
-    def every_row(table: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(table), device=table.device)
+    def every_row(policy, input_ids: Tensor, *features) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(input_ids), device=input_ids.device)
         return rows, rows
 
-    def every_condition(policy, input_ids: Tensor, *features) -> tuple[Tensor, Tensor]:
-        return every_row(input_ids)
+    def null_of_every_row(backbone, valid: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        null = backbone.cls_embedding.uncond_embedding.expand(len(valid), -1, -1)
+        return backbone.cls_embedding(null), valid, index
 
     with (
-        mock.patch.object(sampling, "_distinct_rows", every_row),
-        mock.patch.object(sampling, "_distinct_conditions", every_condition),
+        mock.patch.object(sampling, "_distinct_conditions", every_row),
+        mock.patch.object(LlamaGenModel, "embed_null", null_of_every_row),
     ):
         yield
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes that both speed programs share."""
+    parser.add_argument("--task", default="c2i", choices=("c2i", "t2i"))
     parser.add_argument("--preset", default="GPT-B", help="GPT-B, GPT-L, GPT-XL, GPT-XXL or GPT-3B; random weights")
     parser.add_argument("--image_size", type=int, default=256, choices=(256, 384, 512))
     parser.add_argument("--batch", type=int, default=16, help="images")

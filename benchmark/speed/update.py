@@ -1,6 +1,7 @@
 """Images per second and peak memory of a forward and backward pass of the update, beside the plain path.
 
 python -m benchmark.speed.update --preset GPT-B --batch 16 --guidance_scale 2.0
+python -m benchmark.speed.update --task t2i --preset GPT-B --batch 16     # what rollouts of one caption share
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from benchmark.speed import plain
 from benchmark.speed.measure import describe_machine, measure, report
-from benchmark.speed.rollout import add_size_arguments, random_policy
+from benchmark.speed.rollout import GROUP, add_size_arguments, random_policy, random_text_policy
 
 
 def main() -> None:
@@ -21,15 +22,22 @@ def main() -> None:
     add_size_arguments(parser)
     options = parser.parse_args()
     sizes = (options.preset, options.image_size, options.batch, options.guidance_scale)
-    rows = {
-        "plain": measure(prepare_plain, *sizes, repeats=options.repeats),
-        "ours": measure(prepare_ours, *sizes, False, repeats=options.repeats),
-        "ours, gradient checkpointing": measure(prepare_ours, *sizes, True, repeats=options.repeats),
-    }
+    if options.task == "t2i":
+        rows = {
+            "a prefix per rollout": measure(prepare_captions, *sizes, False, repeats=options.repeats),
+            "a prefix per caption": measure(prepare_captions, *sizes, True, repeats=options.repeats),
+        }
+    else:
+        rows = {
+            "plain": measure(prepare_plain, *sizes, repeats=options.repeats),
+            "ours": measure(prepare_ours, *sizes, False, repeats=options.repeats),
+            "ours, gradient checkpointing": measure(prepare_ours, *sizes, True, repeats=options.repeats),
+        }
     title = (
-        f"update, {options.preset} {options.image_size} px, batch {options.batch}, guidance {options.guidance_scale}"
+        f"update, {options.task}, {options.preset} {options.image_size} px, batch {options.batch}, "
+        f"guidance {options.guidance_scale}"
     )
-    report(f"{title}, {describe_machine()}", rows, options.batch, baseline="plain")
+    report(f"{title}, {describe_machine()}", rows, options.batch, baseline=next(iter(rows)))
 
 
 def prepare_plain(preset: str, image_size: int, batch: int, guidance_scale: float) -> Callable:
@@ -41,23 +49,39 @@ def prepare_ours(preset: str, image_size: int, batch: int, guidance_scale: float
     policy, sequences = _policy_and_sequences(preset, image_size, batch)
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return _backward(policy, _fused_score(policy, sequences, guidance_scale))
+
+
+def prepare_captions(preset: str, image_size: int, batch: int, guidance_scale: float, shared: bool) -> Callable:
+    policy, condition = random_text_policy(preset, image_size, batch)
+    sequences = _training_sequences(policy, condition.pop("input_ids"))
+    if shared:  # as LlamaGenProcessor.distinct_condition gives it
+        group = torch.arange(batch, device=sequences.device).div(GROUP, rounding_mode="floor")
+        condition = {name: value[::GROUP] for name, value in condition.items()} | {"condition_index": group}
+    return _backward(policy, _fused_score(policy, sequences, guidance_scale, **condition))
+
+
+def _fused_score(policy, sequences: torch.Tensor, guidance_scale: float, **condition) -> Callable:
     add_fused_lm_head(policy, outputs=("log_probs", "entropy"))  # as TRL's trainer does
     labels = sequences.clone()
-    labels[:, 0] = -100
-
-    def score():
-        return policy(sequences, labels=labels, fused_lm_head=True, guidance_scale=guidance_scale).log_probs
-
-    return _backward(policy, score)
+    labels[:, : policy.config.cls_token_num] = -100
+    options = {"labels": labels, "fused_lm_head": True, "guidance_scale": guidance_scale, **condition}
+    return lambda: policy(sequences, **options).log_probs
 
 
 def _policy_and_sequences(preset: str, image_size: int, batch: int):
     policy, labels = random_policy(preset, image_size, batch)
-    codes = torch.randint(policy.config.vocab_size, (batch, policy.config.image_token_num), device=labels.device)
+    return policy, _training_sequences(policy, labels)
+
+
+def _training_sequences(policy, condition_ids: torch.Tensor) -> torch.Tensor:
+    """[condition ids | random codes], and a policy in training mode with gradients, as in every step but the first."""
+    shape = len(condition_ids), policy.config.image_token_num
+    codes = torch.randint(policy.config.vocab_size, shape, device=condition_ids.device)
     policy.train()
-    for parameter in policy.parameters():  # gradients are there in every step but the first
+    for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return policy, torch.cat((labels, codes), dim=1)
+    return torch.cat((condition_ids, codes), dim=1)
 
 
 def _backward(policy, score: Callable) -> Callable:
