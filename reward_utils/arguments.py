@@ -77,7 +77,24 @@ class ScorerArguments:
         default="openai/clip-vit-large-patch14", metadata={"help": "CLIP under the aesthetic head; shared with clip."}
     )
     deqa_url: str = field(default="http://127.0.0.1:18086/", metadata={"help": "DeQA server of reward-server."})
-    geneval_url: str = field(default="http://127.0.0.1:18085/", metadata={"help": "GenEval server of reward-server."})
+    geneval_detector: str = field(
+        default="facebook/mask2former-swin-small-coco-instance",
+        metadata={"help": "GenEval's Mask2Former, folder or hub name."},
+    )
+    geneval_color_model: str = field(
+        default="ViT-L-14-quickgelu", metadata={"help": "open_clip model that tells GenEval's colours."}
+    )
+    geneval_color_weights: str = field(default="openai", metadata={"help": "Its weights: a tag or a file."})
+    geneval_object_names: str = field(
+        default="data/geneval/object_names.txt",
+        metadata={"help": "GenEval's object names; `python -m dataset.fetch geneval` brings them."},
+    )
+    geneval_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ask reward-server for GenEval (http://127.0.0.1:18085/) instead of detecting here."
+        },
+    )
     geneval_score: Literal["scores", "rewards", "strict_rewards"] = field(
         default="rewards",
         metadata={"help": "scores: partial credit. rewards: 0 or 1, at least the count. strict_rewards: exact count."},

@@ -1,4 +1,4 @@
-"""GenEval as a reward: are the objects that were asked for there? A client of the detector behind reward-server."""
+"""GenEval as a reward: are the objects that were asked for there? Here, or by the detector behind reward-server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ class GenevalScorer(Scorer):
         self.kind = kind
 
     @classmethod
-    def from_arguments(cls, arguments, shared: Shared) -> GenevalScorer:
+    def from_arguments(cls, arguments, shared: Shared) -> Scorer:
+        if arguments.geneval_url is None:
+            from benchmark.geneval.reward import DetectedGenevalScorer
+
+            return DetectedGenevalScorer.from_arguments(arguments, shared)
         server = Server(arguments.geneval_url, START, **arguments.server_settings())
         return cls(PickleServer(server), arguments.geneval_score)
 
@@ -45,7 +49,7 @@ class GenevalScorer(Scorer):
         self.server.server.check()
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float]:
-        details = [_check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
+        details = [check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
         pictures = jpeg_bytes(images, JPEG_QUALITY)
 
         def request(rows: slice) -> dict:
@@ -55,7 +59,8 @@ class GenevalScorer(Scorer):
         return self.server.scores(len(pictures), request, self.kind, (0.0, 1.0), self.name)
 
 
-def _check_details(details: dict | None, prompt: str, index: int) -> dict:
+def check_details(details: dict | None, prompt: str, index: int) -> dict:
+    """GenEval's metadata of one prompt; raises ValueError if that is not what was given."""
     if not details or details.get("tag") not in TAGS or not details.get("include"):
         raise ValueError(
             f"geneval: prompt {index} ({prompt!r:.60}) has metadata {details!r:.80}, expected a dict with `tag` "

@@ -36,6 +36,8 @@ from benchmark.geneval.scoring import (
     summarize,
     summary_table,
 )
+from reward_utils.arguments import ScorerArguments
+from reward_utils.registry import build_scorers
 
 GOLDEN = Path(__file__).parent / "golden" / "geneval"
 CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text().splitlines()]
@@ -232,7 +234,7 @@ def test_image_is_resized_as_the_official_detector_does():
 def test_detector_sees_zeros_up_to_a_multiple_of_32(tiny_detector):
     detector = InstanceDetector(NAMES, tiny_detector, short_edge=50, device="cpu")
     seen = []
-    detector._model.register_forward_pre_hook(
+    detector.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
     detector([_picture(40, 20)])
@@ -509,3 +511,59 @@ def test_folders_that_are_not_the_benchmark_s_are_refused(tmp_path, images, caps
     with pytest.raises(SystemExit):
         main([str(images), "--threshold", "0.01"])
     assert "weaker boxes are not kept" in capsys.readouterr().err
+
+
+# As a training reward -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_arguments(tiny_detector, tiny_clip, tmp_path):
+    names = tmp_path / "object_names.txt"
+    names.write_text("\n".join(NAMES) + "\n")
+    return {
+        "geneval_detector": str(tiny_detector),
+        "geneval_color_model": tiny_clip,
+        "geneval_object_names": str(names),
+    }
+
+
+def test_the_reward_is_the_verdict_on_what_the_detector_and_the_classifier_say(reward_arguments, monkeypatch):
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    boxes = {"dog": [[2, 2, 20, 30, 0.97], [22, 4, 36, 30, 0.93]]}
+    monkeypatch.setattr(
+        InstanceDetector,
+        "__call__",
+        lambda self, pictures: [Detections({name: np.array(rows) for name, rows in boxes.items()}) for _ in pictures],
+    )
+    monkeypatch.setattr(ColorClassifier, "__call__", lambda self, image, found, masks, name: ["red"] * len(found))
+    one_dog = {"tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}]}
+    one_dog["prompt"] = "a photo of one dog"
+    blue = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "blue"}], "prompt": "a blue dog"}
+    expected = {"rewards": [1.0, 0.0], "strict_rewards": [0.0, 0.0], "scores": [0.0, 0.5]}
+    for kind, scores in expected.items():
+        arguments = ScorerArguments(geneval_score=kind, **reward_arguments)
+        judge = build_scorers(["geneval"], arguments)["geneval"]
+        judge.check()
+        assert judge(images, ["a photo of one dog", "a blue dog"], [one_dog, blue]) == scores, kind
+
+
+def test_the_reward_sees_what_the_detector_sees(reward_arguments):
+    judge = build_scorers(["geneval"], ScorerArguments(**reward_arguments))["geneval"]
+    pictures = [_picture(40, 40), _picture(40, 40, 1)]
+    images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
+    wanted = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    found = InstanceDetector(NAMES, reward_arguments["geneval_detector"], device="cpu")(pictures)
+    expected = [float(judge_image(wanted, detections.boxes)[0]) for detections in found]
+    assert judge(images, ["a photo of a dog"] * 2, [wanted] * 2) == expected
+    seen = judge.network.detect(pictures)
+    for detections, other in zip(found, seen, strict=True):
+        assert set(detections.boxes) == set(other.boxes)
+        for name, rows in detections.boxes.items():
+            np.testing.assert_allclose(other.boxes[name], rows, atol=1e-4)
+
+
+def test_the_reward_without_object_names_says_how_to_get_them(reward_arguments, tmp_path):
+    missing = {**reward_arguments, "geneval_object_names": str(tmp_path / "absent.txt")}
+    judge = build_scorers(["geneval"], ScorerArguments(**missing))["geneval"]
+    with pytest.raises(ValueError, match=r"absent\.txt is no file.*python -m dataset\.fetch geneval"):
+        judge.check()

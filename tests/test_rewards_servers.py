@@ -157,7 +157,7 @@ def test_geneval_sends_metadata_and_reads_the_chosen_list(kind, expected):
 
 
 def test_geneval_without_metadata_is_an_error_and_not_0():
-    judge = judges(["geneval"])["geneval"]
+    judge = judges(["geneval"], geneval_url="http://127.0.0.1:18085/")["geneval"]
     with pytest.raises(ValueError, match=r"geneval: prompt 1 \('b'\) has metadata None.*column `metadata`"):
         judge(pictures(2, 16), ["a", "b"], [GENEVAL[0], None])
 

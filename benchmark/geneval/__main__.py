@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.geneval.detect import COLOR_MODEL, COLOR_WEIGHTS, DETECTOR, ColorClassifier, InstanceDetector
-from benchmark.geneval.detections import file_digest
+from benchmark.geneval.detections import file_digest, read_object_names
 from benchmark.geneval.evaluate import Detector, ExportedDetections, detect_all, find_samples, score_all
 from benchmark.geneval.scoring import ScoringOptions, format_summary, summary_table
 
@@ -52,13 +52,7 @@ def _detector(args: argparse.Namespace) -> tuple[Detector, dict[str, Any]]:
         if not args.detections.is_file():
             raise ValueError(f"{args.detections} is no file: expected what benchmark/geneval/export_mmdet.py writes")
         return ExportedDetections(args.detections), {"detections": file_digest(args.detections)}
-    if not args.object_names.is_file():
-        raise ValueError(
-            f"{args.object_names} is no file: expected the benchmark's 80 object names, a line each; "
-            "fetch them with python -m dataset.fetch geneval, or give --object-names"
-        )
-    names = args.object_names.read_text(encoding="utf-8").split("\n")
-    names = [name.strip() for name in names if name.strip()]
+    names = read_object_names(args.object_names)
 
     @functools.cache
     def model() -> InstanceDetector:

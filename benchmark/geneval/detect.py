@@ -66,8 +66,8 @@ class InstanceDetector:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.min_score = min_score
         self.edges = (short_edge, long_edge)
-        self._model = Mask2FormerForUniversalSegmentation.from_pretrained(model).to(self.device).eval()
-        _check_classes(self._model.config.id2label, self.object_names, model)
+        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(model).to(self.device).eval()
+        _check_classes(self.model.config.id2label, self.object_names, model)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Detections]:
@@ -80,7 +80,7 @@ class InstanceDetector:
             batch = [prepare_image(images[index], *self.edges) for index in indices]
             resized = batch[0].shape[-2:]
             pixels = _pad(torch.stack(batch)).to(self.device)  # [B, 3, padded height, padded width]
-            outputs = self._model(pixel_values=pixels)
+            outputs = self.model(pixel_values=pixels)
             for row, index in enumerate(indices):
                 labels, boxes, masks = find_instances(
                     outputs.class_queries_logits[row].float(),
@@ -128,10 +128,10 @@ class ColorClassifier:
             raise ImportError("colours are told by a model of open_clip: pip install open_clip_torch") from error
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         weights = None if model.startswith("local-dir:") else weights
-        self._model, _, self._preprocess = open_clip.create_model_and_transforms(
+        self.model, _, self._preprocess = open_clip.create_model_and_transforms(
             model, pretrained=weights, device=self.device
         )
-        self._model.eval()
+        self.model.eval()
         self._tokenizer = open_clip.get_tokenizer(model)
         self._text_features: dict[str, Tensor] = {}  # object name -> [colours, E]
 
@@ -141,7 +141,7 @@ class ColorClassifier:
     ) -> list[str]:
         """One of COLORS for each box [N, 5] of an object; masks [H, W] are bool, None where there is none."""
         crops = torch.stack([self._preprocess(crop) for crop in crop_objects(image, boxes, masks)])
-        image_features = F.normalize(self._model.encode_image(crops.to(self.device)), dim=-1)  # [N, E]
+        image_features = F.normalize(self.model.encode_image(crops.to(self.device)), dim=-1)  # [N, E]
         best = (image_features @ self._color_features(name).T).argmax(dim=-1)  # [N]
         return [COLORS[index] for index in best.tolist()]
 
@@ -149,10 +149,10 @@ class ColorClassifier:
         """Mean of the unit text features over the templates, unit again: [colours, E]."""
         if name not in self._text_features:
             texts = [template.format(color=color, name=name) for color in COLORS for template in self.TEMPLATES]
-            features = self._model.encode_text(self._tokenizer(texts).to(self.device))
+            features = self.model.encode_text(self._tokenizer(texts).to(self.device))
             features = F.normalize(features, dim=-1).unflatten(0, (len(COLORS), len(self.TEMPLATES)))
             self._text_features[name] = F.normalize(features.mean(dim=1), dim=-1)
-        return self._text_features[name]
+        return self._text_features[name].to(self.device)
 
 
 def crop_objects(image: Image.Image, boxes: np.ndarray, masks: Sequence[np.ndarray | None]) -> list[Image.Image]:

@@ -31,6 +31,21 @@ class Detections:
     colors: dict[str, list[str | None]] = field(default_factory=dict)
 
 
+def read_object_names(path: Path) -> list[str]:
+    """The benchmark's object names, a line each, in the order of the detector's classes.
+
+    Raises:
+        ValueError: if the file is not there; says how to get it.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is no file: expected the benchmark's 80 object names, a line each; "
+            "fetch them with python -m dataset.fetch geneval, or name a file"
+        )
+    names = path.read_text(encoding="utf-8").split("\n")
+    return [name.strip() for name in names if name.strip()]
+
+
 def to_record(filename: str, sha256: str, found: Detections) -> dict[str, Any]:
     """The JSON line of one image; numbers have nine digits, which bring back every float32."""
     record: dict[str, Any] = {

@@ -7,6 +7,7 @@ IMAGES/00042/samples/0000.png, 0001.png, ...
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -116,7 +117,8 @@ def detect_all(
                 seen |= _detect(fresh, detector)
             for sample, digest in zip(batch, digests):
                 detections = seen[sample.filename]
-                if _add_colors(sample, detections, classifier, options) or sample in fresh:
+                picture = functools.partial(_open, sample.path)
+                if add_colors(sample.metadata, detections, classifier, picture, options) or sample in fresh:
                     stream.write(_line(to_record(sample.filename, digest, detections)))
                 found[sample.filename] = Detections(detections.boxes, colors=detections.colors)
             stream.flush()
@@ -158,6 +160,28 @@ def score_all(
     _write_atomically(out / "results.jsonl", "".join(_line(result) for result in results))
     _write_atomically(out / "summary.json", json.dumps(dataclasses.asdict(summary) | {"options": chosen}, indent=2))
     return summary
+
+
+def add_colors(
+    metadata: dict[str, Any],
+    detections: Detections,
+    classifier: Classifier,
+    picture: Callable[[], Image.Image],
+    options: ScoringOptions,
+) -> bool:
+    """Fill in the colours that decide; whether one was missing. `picture` is asked for the image only if so."""
+    added = False
+    for name, rows in box_colors_needed(metadata, detections.boxes, **vars(options)).items():
+        boxes = detections.boxes[name]
+        colors = detections.colors.setdefault(name, [None] * len(boxes))
+        masks = detections.masks.get(name, [None] * len(boxes))
+        unknown = [row for row in rows if colors[row] is None]
+        if unknown:
+            told = classifier(picture(), boxes[unknown], [masks[row] for row in unknown], name)
+            for row, color in zip(unknown, told, strict=True):
+                colors[row] = color
+            added = True
+    return added
 
 
 class ExportedDetections:
@@ -206,22 +230,6 @@ def _detect(samples: Sequence[Sample], detector: Detector) -> dict[str, Detectio
         colored = {clause["class"] for clause in sample.metadata.get("include") or [] if "color" in clause}
         detections.masks = {name: masks for name, masks in detections.masks.items() if name in colored}
     return {sample.filename: detections for sample, detections in zip(samples, found)}
-
-
-def _add_colors(sample: Sample, detections: Detections, classifier: Classifier, options: ScoringOptions) -> bool:
-    """Fill in the colours that decide; whether one was missing."""
-    added = False
-    for name, rows in box_colors_needed(sample.metadata, detections.boxes, **vars(options)).items():
-        boxes = detections.boxes[name]
-        colors = detections.colors.setdefault(name, [None] * len(boxes))
-        masks = detections.masks.get(name, [None] * len(boxes))
-        unknown = [row for row in rows if colors[row] is None]
-        if unknown:
-            told = classifier(_open(sample.path), boxes[unknown], [masks[row] for row in unknown], name)
-            for row, color in zip(unknown, told, strict=True):
-                colors[row] = color
-            added = True
-    return added
 
 
 def _open(path: Path) -> Image.Image:
