@@ -75,17 +75,9 @@ def plot_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path
             f"nothing to draw in {len(log_history)} log entries: expected scalars like 'reward', 'rewards/clip/mean', "
             "'kl' or 'entropy' at two steps or more; train longer or log more often (--logging_steps 1)"
         )
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the curves are drawn by matplotlib: pip install matplotlib") from error
-    from PIL import Image
-
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.3 * rows), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(3.6 * columns, 2.3 * rows)
     for position, name in enumerate(names, start=1):
         steps, values = zip(*curves[name])
         axes = figure.add_subplot(rows, columns, position)
@@ -97,11 +89,33 @@ def plot_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path
         axes.grid(color=GRID_COLOR, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("step", fontsize=8)
+    return write_atomically(path, png_of(figure))
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure of these inches at 100 pixels an inch; no window system is asked for.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the curves are drawn by matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def png_of(figure) -> bytes:
+    """A figure as a PNG of few colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     buffer = io.BytesIO()
     picture = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
     picture.quantize(PNG_COLORS).save(buffer, format="PNG", optimize=True)
-    return write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def svg_chart(name: str, curve: Curve) -> str:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -237,17 +237,20 @@ def load_models(options: argparse.Namespace, device: torch.device) -> TextModels
     policy = load_policy(policy_path, "t2i", options.policy_size, options.image_size)
     vq_path = options.vq_path or tokenizer_of_run(policy_path) or DEFAULT_VQ
     vq = load_tokenizer(vq_path, options.vq_size)
-    trained_with = arguments_of_run(policy_path, "TextArguments")
-    encoder = load_text_encoder(
-        policy.config,
-        options.text_encoder or trained_with.get("text_encoder", DEFAULT_ENCODER),
-        options.text_features,
-        options.caption_padding or trained_with.get("caption_padding", "left"),
-        not (options.no_cleaning or trained_with.get("no_cleaning", False)),
-        device,
-    )
+    encoder = load_text_encoder(policy.config, **text_arguments(options, policy_path), device=device)
     LlamaGenProcessor(policy.config, vq, encoder)  # refuses a tokenizer of another codebook
     return TextModels(policy_path, vq_path, policy.to(device), vq.to(device), encoder)
+
+
+def text_arguments(options: argparse.Namespace, policy_path: Path) -> dict[str, Any]:
+    """How captions are read, as `load_text_encoder` takes it: as the options say, else as the policy's run did."""
+    trained_with = arguments_of_run(policy_path, "TextArguments")
+    return {
+        "name_or_path": options.text_encoder or trained_with.get("text_encoder", DEFAULT_ENCODER),
+        "features": options.text_features,
+        "padding": options.caption_padding or trained_with.get("caption_padding", "left"),
+        "clean": not (options.no_cleaning or trained_with.get("no_cleaning", False)),
+    }
 
 
 def add_text_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:

@@ -232,22 +232,38 @@ def draw_raw(
         Raw pixels [B, 3, H, W], float32, meant for [-1, 1], not clamped.
     """
     device = policy.device
+
+    def part(table: Tensor | None, rows: slice) -> Tensor | None:
+        return None if table is None else table[rows].to(device)
+
     for start in range(0, len(input_ids), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[rows]]
+        condition = {"attention_mask": part(attention_mask, rows), "caption_embeds": part(caption_embeds, rows)}
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            sequences = policy.generate(
-                input_ids[rows].to(device),
-                attention_mask=None if attention_mask is None else attention_mask[rows].to(device),
-                caption_embeds=None if caption_embeds is None else caption_embeds[rows].to(device),
-                guidance_scale=settings.guidance_scale,
-                guidance_interval=settings.guidance_interval,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                generator=generators,
-            )  # [B, P + T]
+            sequences = draw_codes(policy, part(input_ids, rows), seeds[rows], settings, **condition)
         yield vq.decode_raw(sequences[:, input_ids.shape[1] :])  # [B, 3, H, W]
+
+
+def draw_codes(
+    policy: LlamaGenForCausalLM, input_ids: Tensor, seeds: Sequence[int], settings: DrawSettings, **condition
+) -> Tensor:
+    """Condition ids and codes, int64 [B, P + T], each row with a generator of its own.
+
+    Args:
+        input_ids: condition ids [B, P].
+        seeds: B.
+        condition: `attention_mask` and `caption_embeds` of captions.
+    """
+    return policy.generate(
+        input_ids,
+        **condition,
+        guidance_scale=settings.guidance_scale,
+        guidance_interval=settings.guidance_interval,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        generator=[torch.Generator(policy.device).manual_seed(seed) for seed in seeds],
+    )
 
 
 def draw_class(

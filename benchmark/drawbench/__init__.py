@@ -1,0 +1,1 @@
+"""DrawBench and other folders of images, scored by the paper's evaluation metrics; see docs/drawbench.md."""
