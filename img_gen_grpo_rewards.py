@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -129,9 +130,14 @@ def build_rewards(
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"{len(weights)} reward_weights for {len(names)} rewards ({', '.join(names)}): give one each")
     known = [*SCORERS, *parse_remote(arguments.remote_rewards)]
-    for name in [*names, *(arguments.reward_scales or {}), *(arguments.reward_steps or {})]:
+    for name in names:
         if base_name(name) not in known:
             raise unknown_name(name, [*known, *(base + QUANTIZED for base in ("clip", "hpsv2", "maniqa"))])
+    for key in [*(arguments.reward_scales or {}), *(arguments.reward_steps or {})]:
+        if key != base_name(key):
+            raise ValueError(f"{key!r} in reward_scales or reward_steps: they name judges, write {base_name(key)!r}")
+        if key not in known:
+            raise unknown_name(key, known, what="judge")
     scorers = build_scorers([base_name(name) for name in names], arguments)
     suite = RewardSuite(names, scorers, list(weights or [1.0] * len(names)), arguments)
     suite.check()
@@ -371,14 +377,14 @@ class RewardFunction:
 def _build_function(name: str, suite: RewardSuite, arguments: RewardArguments) -> RewardFunction:
     base = base_name(name)
     if name.endswith(QUANTIZED):
-        given = (arguments.reward_steps or {}).get(base, {})
-        if given and set(given) != {"thresholds", "values"}:
-            raise ValueError(f"reward_steps of {base} has {sorted(given)}: expected thresholds and values")
-        transform = Steps(**{key: tuple(float(number) for number in numbers) for key, numbers in given.items()})
+        given = (arguments.reward_steps or {}).get(base, dataclasses.asdict(Steps()))
+        if not isinstance(given, dict) or set(given) != {"thresholds", "values"}:
+            raise ValueError(f"reward_steps of {base} is {given!r}: expected an object with thresholds and values")
+        transform = Steps(**{key: _numbers(numbers, f"reward_steps of {base}") for key, numbers in given.items()})
         stairs = [f"{value:g} from {start:g}" for start, value in zip(transform.thresholds, transform.values[1:])]
         rule = f"{transform.values[0]:g}, " + ", ".join(stairs)
     else:
-        scale = float((arguments.reward_scales or {}).get(base, SCALES.get(base, 1.0)))
+        (scale,) = _numbers([(arguments.reward_scales or {}).get(base, SCALES.get(base, 1.0))], f"scale of {base}")
         transform = _Scale(scale)
         rule = f"x {scale:g}"
     leads = all(function.scorer.name != base for function in suite)
@@ -391,6 +397,16 @@ class _Scale:
 
     def __call__(self, score: float) -> float:
         return self.factor * score
+
+
+def _numbers(values: object, what: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{what}: found {values!r}, expected finite numbers")
+    return numbers
 
 
 def _batch_key(prompts: list[str], metadata: list | None) -> tuple:

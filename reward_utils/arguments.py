@@ -27,7 +27,7 @@ class ScorerArguments:
         metadata={"help": "HPSv2 state dict, .pt or .safetensors; v2.1 is the paper's."},
     )
     hpsv2_architecture: str = field(
-        default="ViT-H-14", metadata={"help": "open_clip model name, or the JSON file of an open_clip model config."}
+        default="ViT-H-14", metadata={"help": "open_clip model name, or a folder with open_clip_config.json."}
     )
     maniqa_weights: str = field(
         default="weights/ckpt_koniq10k.pt", metadata={"help": "MANIQA state dict trained on KonIQ-10k."}
@@ -91,9 +91,7 @@ class ScorerArguments:
     )
     geneval_url: str | None = field(
         default=None,
-        metadata={
-            "help": "Ask reward-server for GenEval (http://127.0.0.1:18085/) instead of detecting here."
-        },
+        metadata={"help": "Ask reward-server for GenEval (http://127.0.0.1:18085/) instead of detecting here."},
     )
     geneval_score: Literal["scores", "rewards", "strict_rewards"] = field(
         default="rewards",

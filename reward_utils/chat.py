@@ -40,7 +40,7 @@ class ChatServer:
             max_tokens: longest reply.
             sampling: `temperature` and the like, as in the protocol.
         Raises:
-            ServerError: if a request fails for good; the others are not waited for longer than their own timeout.
+            ServerError: if a request fails for good; those under way are waited for, with their retries, no other.
         """
 
         def ask_one(question: Question) -> str:

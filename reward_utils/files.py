@@ -42,7 +42,8 @@ def require_model(name: str, what: str, marker: str = "config.json") -> None:
 def explain_missing_model(name: str, what: str, error: Exception) -> FileNotFoundError:
     """The error to raise when `from_pretrained` could not find or fetch a model."""
     reason = str(error).strip().splitlines()[0]
-    return FileNotFoundError(f"{what}: cannot load {name} ({reason}). {fetch(name)}")
+    remedy = "Save or fetch the folder again." if Path(name).expanduser().is_dir() else fetch(name)
+    return FileNotFoundError(f"{what}: cannot load {name} ({reason}). {remedy}")
 
 
 def fetch(name: str) -> str:
@@ -59,11 +60,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file holds anything but tensors.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and runtime errors alike mean: not a weight file
         reason = str(error).strip().splitlines()[0]

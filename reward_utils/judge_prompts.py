@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 
@@ -108,7 +107,7 @@ class JudgeQuestion:
         score = _number(reply, finished)
         if score is None or not 0 <= score <= self.highest or (self.yes_no and score not in (0, 1)):
             return None
-        return score
+        return float(score)
 
 
 QUESTIONS = {
@@ -119,6 +118,7 @@ QUESTIONS = {
 
 
 def _number(reply: str, finished: bool) -> float | None:
+    """The number called "score", of any size; NaN too, which is in no range."""
     fenced = re.search(r"```json\s*(.*?)(?:```|$)", reply, flags=re.DOTALL)
     text = fenced.group(1) if fenced else reply
     start, end = text.find("{"), text.rfind("}")
@@ -130,6 +130,4 @@ def _number(reply: str, finished: bool) -> float | None:
     score = answer.get("score") if isinstance(answer, dict) else None
     if isinstance(score, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", score):
         score = float(score)
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        return None
-    return float(score)
+    return score if isinstance(score, int | float) and not isinstance(score, bool) else None

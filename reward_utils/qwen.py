@@ -16,6 +16,7 @@ from reward_utils.scorer import DTYPES, Network, Scorer, Shared
 from reward_utils.transport import Server
 
 START = "vllm serve Qwen/Qwen2.5-VL-3B-Instruct --served-model-name Qwen2.5-VL-3B-Instruct --port 20004"
+MODES = ("generate", "logits", "server")
 YES_NO_TOKENS = 32  # a yes/no answer in its JSON has about 14
 MIN_ANSWER_PROBABILITY = 0.5  # of "0" and "1" together; below it the model is not answering, so let it write
 CHECK_EVERY = 8  # new tokens between two looks for a finished score
@@ -40,6 +41,9 @@ class QwenScorer(Scorer):
 
     @classmethod
     def from_arguments(cls, arguments, shared: Shared) -> QwenScorer:
+        for setting, known in (("qwen_mode", MODES), ("qwen_dtype", tuple(DTYPES))):
+            if (value := getattr(arguments, setting)) not in known:
+                raise ValueError(f"{setting} is {value!r}: choose one of {', '.join(known)}")
         if arguments.qwen_mode == "server":
             return cls(
                 shared.get(
@@ -209,7 +213,7 @@ class QwenNetwork(Network):
 
     def _conversation(self, name: str, prompt: str) -> str:
         """The chat template's text, up to where the answer begins."""
-        before, after = QUESTIONS[name].parts(prompt)
+        before, after = QUESTIONS[name].parts(prompt.replace("<|", "< |"))  # a caption writes no token of the template
         content = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
         content = [part for part in content if part.get("text", True)]
         return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -268,11 +272,18 @@ class QwenNetwork(Network):
         sampling = {"do_sample": True, **RETRY} if retry else {"do_sample": False, **dict.fromkeys(RETRY)}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.autocast():
-            torch.manual_seed(0)  # a retry must not move the random numbers of the policy
+            self._seed()
             tokens = self.module.generate(
                 **inputs, max_new_tokens=limit, stopping_criteria=StoppingCriteriaList([stop]), **sampling
             )
         return tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+
+    def _seed(self) -> None:
+        """Seed the generators of the CPU and of this device alone: `torch.manual_seed` would reset the policy's GPU."""
+        torch.default_generator.manual_seed(0)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(0)
 
 
 class _ScoreRead:

@@ -42,8 +42,9 @@ def build_scorers(names: Iterable[str], arguments: ScorerArguments | None = None
     for name in dict.fromkeys(names):
         if name in remote:
             server = shared.get(RemoteServer, url=remote[name], **arguments.server_settings())
-            expected_range = scorer_class(name).expected_range if name in SCORERS else (0.0, 1.0)
-            scorers[name] = RemoteScorer(name, server, expected_range)
+            kind = scorer_class(name) if name in SCORERS else None
+            known = {"expected_range": kind.expected_range, "reads_text": kind.reads_text} if kind else {}
+            scorers[name] = RemoteScorer(name, server, **known)
         else:
             scorers[name] = scorer_class(name).from_arguments(arguments, shared)
     return scorers

@@ -23,15 +23,23 @@ class RemoteScorer(Scorer):
         name: as the server knows it.
         server: shared by all judges at one address, which are asked in one request.
         expected_range: of the judge, for the table.
+        reads_text: the prompt matters to the judge.
     """
 
     remote = True
     can_fail = True
 
-    def __init__(self, name: str, server: RemoteServer, expected_range: tuple[float, float] = (0.0, 1.0)):
+    def __init__(
+        self,
+        name: str,
+        server: RemoteServer,
+        expected_range: tuple[float, float] = (0.0, 1.0),
+        reads_text: bool = True,
+    ):
         super().__init__(f"{name} at {server.url}")
         self.name = name
         self.expected_range = expected_range
+        self.reads_text = reads_text
         self.server = server
         server.names = list(dict.fromkeys([*server.names, name]))
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from reward_utils.arguments import ScorerArguments
 from reward_utils.registry import SCORERS, build_scorers
@@ -77,12 +78,20 @@ def score_pictures(
     images_at_once: int = 64,
     device: str | None = None,
 ) -> dict[str, list[float | None]]:
-    """Raw scores by judge, one per picture in order."""
+    """Raw scores by judge, one per picture in order; a progress bar on a terminal.
+
+    Raises:
+        ValueError: if `images_at_once` is below 1.
+    """
+    if images_at_once < 1:
+        raise ValueError(f"images_at_once is {images_at_once}: at least one picture is in memory")
     scores: dict[str, list[float | None]] = {name: [] for name in scorers}
-    for rows, images in _batches(pictures, images_at_once):
-        placed = images.to(device or "cpu")
-        for name, scorer in scorers.items():
-            scores[name] += scorer(placed, prompts[rows], metadata[rows])
+    with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None) as progress:
+        for rows, images in _batches(pictures, images_at_once):
+            placed = images.to(device or "cpu")
+            for name, scorer in scorers.items():
+                scores[name] += scorer(placed, prompts[rows], metadata[rows])
+            progress.update(len(images))
     return scores
 
 
@@ -196,6 +205,8 @@ def _read_prompts(path: str | None, count: int, scorers: dict[str, Scorer]) -> t
         entries = [json.loads(line) for line in text.splitlines() if line.strip()]
     else:
         entries = text.splitlines()
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds a {type(entries).__name__}, expected a list of texts or objects")
     if len(entries) == 1:
         entries = entries * count
     if len(entries) != count:

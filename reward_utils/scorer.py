@@ -113,7 +113,10 @@ class Network(ABC):
             raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
         if batch_size < 1:
             raise ValueError(f"batch size is {batch_size}: a forward pass takes at least one image")
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"reward_device is {device!r}: expected a device of torch, cpu or cuda:1") from None
         self.dtype = dtype
         self.batch_size = batch_size
         self.memo = ImageMemo()

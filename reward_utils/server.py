@@ -3,12 +3,14 @@
     python -m reward_utils.server --rewards clip hpsv2 --port 18100
 
 GET /health lists the judges. POST /score takes msgpack {"rewards": [names], "images": [PNG bytes], "prompts": [text],
-"metadata": [dict or nil]} and answers JSON {"scores": {name: [number or null]}, "failures": {name: text}}.
+"metadata": [dict or nil]}, or the same as application/json with the images in base64, and answers JSON
+{"scores": {name: [number or null]}, "failures": {name: text}}.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hmac
 import ipaddress
 import json
@@ -125,11 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> None:
         try:
-            try:
-                request = msgpack.unpackb(body, raw=False)
-            except Exception as error:  # msgpack has no common base class for damaged input
-                raise ValueError(f"the request is not msgpack: {error}") from None
-            self._reply(200, self.server.score(request))
+            is_json = self.headers.get_content_type() == "application/json"
+            self._reply(200, self.server.score(_from_json(body) if is_json else _from_msgpack(body)))
         except ValueError as error:
             self._reply(400, {"error": str(error)})
         except Exception as error:
@@ -153,7 +152,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _read_request(request: object) -> tuple[list[str], list[bytes], list[str], list[dict | None]]:
+def _from_msgpack(body: bytes) -> object:
+    try:
+        return msgpack.unpackb(body, raw=False)
+    except Exception as error:  # msgpack has no common base class for damaged input
+        raise ValueError(f"the request is not msgpack: {error}") from None
+
+
+def _from_json(body: bytes) -> object:
+    try:
+        request = json.loads(body)
+        if isinstance(request, dict) and isinstance(request.get("images"), list):
+            request["images"] = [base64.b64decode(image, validate=True) for image in request["images"]]
+        return request
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"the request is not JSON with base64 images: {error}") from None
+
+
+def _read_request(request: object) -> tuple[list[str], list[bytes], list[str], list | None]:
     if not isinstance(request, dict):
         raise ValueError(f"the request is a {type(request).__name__}, expected a map")
     names, images, prompts = (request.get(key) for key in ("rewards", "images", "prompts"))
@@ -163,8 +179,12 @@ def _read_request(request: object) -> tuple[list[str], list[bytes], list[str], l
             raise ValueError(f"{key} must be a list of {kind.__name__}, not empty")
     if len(images) > MAX_IMAGES or len(images) != len(prompts):
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts: one prompt per image, at most {MAX_IMAGES}")
-    if metadata is None:
-        metadata = [None] * len(images)
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata is not what JSON can hold: {error}") from None
+    if metadata is not None and not isinstance(metadata, list):
+        raise ValueError(f"metadata is a {type(metadata).__name__}, expected a list")
     return names, images, prompts, metadata
 
 

@@ -42,7 +42,11 @@ class Server:
     headers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.url.startswith(("http://", "https://")):
+        try:
+            address = httpx2.URL(self.url)
+        except httpx2.InvalidURL:
+            address = httpx2.URL("")
+        if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"server address {self.url!r}: expected http://HOST:PORT/...")
         if self.timeout_s <= 0 or self.retries < 0:
             raise ValueError(

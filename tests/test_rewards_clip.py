@@ -1,5 +1,6 @@
 """CLIP and the judges on its towers (PickScore, aesthetic), against transformers and by hand."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -170,6 +171,14 @@ def test_missing_files_name_the_file_and_the_command(arguments, tmp_path):
         build_scorers(["clip"], replace(arguments, clip_model="./nowhere"))["clip"].check()
 
 
+def test_a_folder_without_its_weights_is_not_called_a_hub_model(arguments, tmp_path):
+    folder = shutil.copytree(arguments.clip_model, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
+    judge = build_scorers(["clip"], replace(arguments, clip_model=str(folder)))["clip"]
+    with pytest.raises(FileNotFoundError, match=r"no file named model\.safetensors.*fetch the folder again") as caught:
+        judge.load()
+    assert "hf download" not in str(caught.value)
+
+
 def test_a_hub_model_that_is_not_here_names_its_command_when_offline(arguments, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     judge = build_scorers(["clip"], replace(arguments, clip_model="somebody/no-such-clip"))["clip"]
@@ -188,6 +197,14 @@ def test_a_file_with_code_in_it_is_not_unpickled(arguments, tmp_path):
     with pytest.raises(ValueError, match="was not unpickled"):
         judge.load()
     assert not (tmp_path / "was-here").exists()
+
+
+def test_damaged_safetensors_are_named(arguments, tmp_path):
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(b"cut off")
+    judge = build_scorers(["aesthetic"], replace(arguments, aesthetic_weights=str(path)))["aesthetic"]
+    with pytest.raises(ValueError, match=r"head\.safetensors is not a plain weight file"):
+        judge.load()
 
 
 def test_another_head_is_refused(arguments, tmp_path):

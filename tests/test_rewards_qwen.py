@@ -1,6 +1,7 @@
 """The language-model judge: its questions, its reading of answers, and its three ways of being asked."""
 
 import base64
+import hashlib
 import json
 import threading
 
@@ -56,6 +57,9 @@ def test_questions_are_those_of_the_paper():
     for question in (FAKE, WEIRD):
         assert question.endswith('```json\n{"score": 0}\n```')
         assert question.startswith("<image>")
+    # SHA-256 of the figure's text, taken from the paper's LaTeX with '''json and ****JSON**** as written above
+    digests = [hashlib.sha256(question.encode()).hexdigest()[:16] for question in (LABEL, FAKE, WEIRD)]
+    assert digests == ["71f7864bc708a4ef", "d97265a0e161a90c", "c94dbc5d534f5c8c"]
     # the examples themselves can be read
     assert QUESTIONS["label"].read(LABEL) == 3.5
     assert QUESTIONS["fake"].read(FAKE) == 0
@@ -83,6 +87,7 @@ def test_a_prompt_goes_into_its_place_whatever_it_holds():
         ('{"score": -1}', None),
         ('{"score": 5.01}', None),
         ('{"score": NaN}', None),
+        ('{"score": %s}' % ("1" * 400), None),  # JSON reads an integer that no float holds
         ('{"score": Infinity}', None),
         ('{"score": true}', None),
         ('{"score": null}', None),
@@ -137,6 +142,15 @@ def test_conversation_follows_the_chat_template(folder):
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nYou are given"
     )
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_caption_cannot_write_tokens_of_the_template(folder):
+    judge = local_judges(folder)["qwen_label"].judge
+    judge.load()
+    text = judge._conversation("label", "a <|image_pad|> cat<|im_end|>")
+    plain = judge._conversation("label", "a cat")
+    for token in ("<|image_pad|>", "<|im_end|>"):
+        assert text.count(token) == plain.count(token) > 0
 
 
 def test_three_questions_about_all_images_are_one_request(folder, monkeypatch):
@@ -200,6 +214,16 @@ def test_a_retry_leaves_the_random_numbers_of_the_policy_alone(folder):
     assert judge._write([("fake", 0)], [text], images, True) == first  # and the retry itself can be repeated
 
 
+def test_the_judges_seed_stays_off_the_policys_gpu(folder, monkeypatch):
+    # torch.manual_seed reaches every GPU, and only the judge's own state is put back afterwards
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    judge = local_judges(folder)["qwen_fake"].judge
+    judge.load()
+    judge._write([("fake", 0)], [judge._conversation("fake", "")], list(to_bytes(pictures(1))), False)
+    assert seeded == []
+
+
 # logits
 
 
@@ -251,6 +275,13 @@ def test_the_label_question_is_always_written(folder, monkeypatch):
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"judge: the folder .* has no config.json"):
         QwenNetwork(str(tmp_path), False, "float32", 8).check()
+
+
+@pytest.mark.parametrize("option", [{"qwen_mode": "logit"}, {"qwen_dtype": "float8"}])
+def test_settings_that_do_not_exist_are_refused(option):
+    # a YAML file can hold anything; only the command line knows the choices
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is '.*': choose one of"):
+        local_judges("nowhere", **option)
 
 
 # server

@@ -83,6 +83,9 @@ def test_one_prompt_serves_all_and_json_prompts_carry_metadata(samples, clip):
         (["clip", "bad.npz", "--prompts", "prompts.txt"], r"arr_0 float64 \[2\], expected arr_0 with bytes"),
         (["clip", "files", "--prompts", "two.txt"], "2 prompts in two.txt for 3 pictures"),
         (["clip", "files", "--prompts", "none.txt"], "No such file"),
+        (["clip", "files", "--prompts", "text.json"], "text.json holds a str, expected a list"),
+        (["clip", "files", "--prompts", "prompts.txt", "--images_at_once", "0"], "images_at_once is 0"),
+        (["clip", "files", "--prompts", "prompts.txt", "--reward_device", "gpu"], "reward_device is 'gpu'"),
         (["clip", "files", "--prompts", "prompts.txt", "--clip_model", "./nowhere"], "no folder ./nowhere"),
     ],
 )
@@ -91,6 +94,7 @@ def test_mistakes_end_in_one_line(samples, clip, monkeypatch, arguments, message
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
     (folder / "two.txt").write_text("a\nb\n")
+    (folder / "text.json").write_text('"a red circle"')
     np.savez(folder / "bad.npz", arr_0=np.zeros(2))
     with pytest.raises(SystemExit) as caught:
         score.main(["--clip_model", clip, "--rewards", *arguments])

@@ -1,10 +1,12 @@
 """Judges behind servers: nothing but plain data comes in, and every failure is bounded and explained."""
 
+import base64
 import json
 import os
 import pickle
 import socket
 import threading
+import tracemalloc
 
 import httpx2
 import msgpack
@@ -107,6 +109,19 @@ def test_other_types_are_refused_with_their_place():
     for value in (deep, bomb):
         with pytest.raises(ValueError, match="deeper than 16 or holds more than"):
             plain_pickle.loads(pickle.dumps(value))
+
+
+def test_small_pickles_cannot_take_much_memory():
+    far = b"\x80\x04]r" + (2**24).to_bytes(4, "little") + b"."  # remember this list as number 2^24: 256 MB in C
+    wide = [None] * 2_000_000
+    tracemalloc.start()
+    try:
+        assert plain_pickle.loads(far) == []
+        with pytest.raises(TypeError, match="holds more than"):
+            plain_pickle.dumps(wide)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_only_plain_data_is_sent():
@@ -257,8 +272,9 @@ def test_an_endless_answer_is_refused(monkeypatch):
 
 
 def test_addresses_must_be_http():
-    with pytest.raises(ValueError, match="'localhost:80': expected http://HOST:PORT"):
-        Server("localhost:80", "start")
+    for url in ("localhost:80", "http://", "http://127.0.0.1:port/", "ftp://127.0.0.1/"):
+        with pytest.raises(ValueError, match=f"'{url}': expected http://HOST:PORT"):
+            Server(url, "start")
 
 
 # UnifiedReward
@@ -388,6 +404,8 @@ def test_a_token_is_asked_for_and_sent(reward_server, monkeypatch):
         ({"prompts": ["a", "b"]}, "1 images and 2 prompts"),
         ({"prompts": [1]}, "prompts must be a list of str"),
         ({"metadata": [{}, {}]}, "2 metadata entries for 1 images"),
+        ({"metadata": 5}, "metadata is a int, expected a list"),
+        ({"metadata": [{"a": msgpack.ExtType(3, b"x")}]}, "metadata is not what JSON can hold"),
     ],
 )
 def test_bad_requests_are_explained(reward_server, change, message):
@@ -396,6 +414,19 @@ def test_bad_requests_are_explained(reward_server, change, message):
     reply = httpx2.post(url + "/score", content=msgpack.packb(request), trust_env=False)
     assert reply.status_code == 400
     assert message in reply.json()["error"]
+
+
+def test_requests_may_be_json_with_base64_images(reward_server):
+    _, url = reward_server({"brightness": Brightness()})
+    images = pictures(2, 8)
+    files = [base64.b64encode(file).decode() for file in png_bytes(images)]
+    request = {"rewards": ["brightness"], "images": files, "prompts": ["a", "b"]}
+    reply = httpx2.post(url + "/score", json=request, trust_env=False)
+    expected = Brightness()(to_bytes(images).float() / 255, ["a", "b"])
+    assert reply.json()["scores"]["brightness"] == pytest.approx(expected, abs=1e-6)
+    for broken in ({**request, "images": ["no base64"] * 2}, {**request, "images": [1, 2]}):
+        reply = httpx2.post(url + "/score", json=broken, trust_env=False)
+        assert (reply.status_code, "not JSON with base64" in reply.json()["error"]) == (400, True)
 
 
 def test_a_body_that_is_no_request_is_refused(reward_server, monkeypatch):
@@ -422,6 +453,13 @@ def test_a_judge_that_fails_over_there_says_so_here(reward_server, monkeypatch):
     client = judges(["brightness"], remote_rewards=[f"brightness={url}"])["brightness"]
     with pytest.raises(ServerError, match=r"status 400: .*the score of image 0 is nan"):
         client(pictures(1, 16), [""])
+
+
+def test_a_remote_judge_needs_a_prompt_only_if_the_judge_does():
+    remote = judges(
+        ["maniqa", "clip", "unknown"], remote_rewards=[f"{name}=http://x" for name in ("maniqa", "clip", "unknown")]
+    )
+    assert [judge.reads_text for judge in remote.values()] == [False, True, True]
 
 
 @pytest.mark.parametrize("entry", ["maniqa", "=http://x", "maniqa=localhost:1"])

@@ -191,8 +191,18 @@ def test_a_missing_reward_has_no_influence_on_the_others_means():
         ({"names": ["clip"], "reward_scales": {"clop": 2}}, "did you mean 'clip'"),
         (
             {"names": ["clip_quantized"], "reward_steps": {"clip": {"steps": [1]}}},
-            r"has \['steps'\]: expected thresholds",
+            r"is {'steps': \[1\]}: expected an object with thresholds",
         ),
+        ({"names": ["clip_quantized"], "reward_steps": {"clip": 5}}, "is 5: expected an object with thresholds"),
+        (
+            {"names": ["clip_quantized"], "reward_steps": {"clip": {"thresholds": 3, "values": [0, 1]}}},
+            "reward_steps of clip: found 3, expected finite numbers",
+        ),
+        ({"names": ["clip"], "reward_scales": '{"clip": NaN}'}, "scale of clip: found .*nan.*, expected finite"),
+        ({"names": ["clip"], "reward_scales": {"clip": None}}, "scale of clip: found .*None.*, expected finite"),
+        # a staircase belongs to the judge, and a quantised reward has no scale: neither may be ignored in silence
+        ({"names": ["clip_quantized"], "reward_steps": {"clip_quantized": {}}}, "they name judges, write 'clip'"),
+        ({"names": ["clip_quantized"], "reward_scales": {"clip_quantized": 2}}, "they name judges, write 'clip'"),
         ({"names": ["clip"], "max_failed_share": 5.0}, "it is a share, from 0 to 1"),
     ],
 )

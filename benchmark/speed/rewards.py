@@ -4,7 +4,7 @@ python -m benchmark.speed.rewards --judges clip hpsv2 qwen_logits --size base --
 
 The weights are random, the architectures real: `full` has the sizes of the paper's judges. All pictures of a batch have
 one prompt, as the pictures of a group do. One at a time means what most reward code does: a call per picture, with its
-text encoded again.
+text encoded again, and per question for the judge.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from benchmark.speed import random_judges
 from benchmark.speed.measure import describe_machine, measure, report
 from reward_utils.arguments import ScorerArguments
+from reward_utils.qwen import QwenNetwork
 from reward_utils.registry import build_scorers
 from reward_utils.scorer import Scorer
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=64, help="length of every answer of the judge qwen")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="autocast")
-    parser.add_argument("--repeats", type=int, default=1, help="timed runs after one to warm up; the fastest counts")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="timed runs (on a GPU after one to warm up); the fastest counts"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for judge in options.judges:
@@ -73,6 +76,8 @@ def prepare_single(judge: str, *sizes) -> Callable:
         for network in scorer.networks:
             if hasattr(network, "_text_features"):
                 network._text_features.limit = 0
+            if isinstance(network, QwenNetwork):
+                network.batch_size = 1  # and one question in a call of the model
 
     def run() -> None:
         for image in images.clone().split(1):
