@@ -6,8 +6,12 @@ import dataclasses
 import json
 import logging
 import platform
+import shutil
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +23,26 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from img_gen_grpo_rewards import RewardArguments, build_rewards
-from img_gen_grpo_trainer import ImgGenGRPOConfig, ImgGenGRPOTrainer
-from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor, VQConfig, VQModel
+from img_gen_grpo_trainer import ROLLOUT_BUFFER, ImgGenGRPOConfig, ImgGenGRPOTrainer
+from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor
+from llamagen.checkpoints import is_saved, write_atomically
+from llamagen.vq import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+FINAL = "final"  # folder of the run that holds the policy after its last step
+SETTINGS = "settings.json"
 CONVERTED_POLICY = "initial_policy"  # folder in the run that holds a `.pt` policy in Hugging Face form
 LORA_MODULES = ["wqkv", "wo", "w1", "w2", "w3"]  # what LoRA adapts unless told otherwise
+# What says which prompts and rollouts belong to a step: a checkpoint in the middle of them goes on with the same.
+KEPT_WHEN_RESUMED = (
+    "gradient_accumulation_steps",
+    "num_generations",
+    "num_iterations",
+    "per_device_train_batch_size",
+    "seed",
+    "steps_per_generation",
+)
 RECORDED_VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "open_clip_torch", "pyiqa", "numpy")
 
 
@@ -110,15 +127,17 @@ def build_trainer(
     Raises:
         ValueError, FileNotFoundError, ConnectionError: whatever is wrong, before the first sample is drawn.
     """
+    policy_config = read_policy_config(model_config, policy_arguments, task)
     logger.info(describe_batch(config))
-    _refuse_to_overwrite(config)
-    dataset: Dataset = make_dataset(count_prompts(config), read_policy_config(model_config, policy_arguments, task))
-    with config.main_process_first(desc="converting the policy"):
-        policy = load_policy(model_config, policy_arguments, task, config.output_dir)
-    vq = load_vq(policy_arguments).to(config.device)
-    text_encoder = None if load_text_encoder is None else load_text_encoder()
+    _check_output(config)
+    dataset: Dataset = make_dataset(count_prompts(config), policy_config)
     rewards = build_rewards(weights=config.reward_weights, device=config.device, arguments=reward_arguments)
     logger.info("rewards:\n%s", rewards.describe())
+    vq = load_tokenizer(policy_arguments.vq_path, policy_arguments.vq_size).requires_grad_(False).to(config.device)
+    with config.main_process_first(desc="converting the policy"):
+        policy = load_policy(model_config, policy_arguments, task, config.output_dir)
+    text_encoder = None if load_text_encoder is None else load_text_encoder()
+    rewards.load()
     if model_config.use_peft and model_config.lora_target_modules is None:
         model_config.lora_target_modules = LORA_MODULES
     return ImgGenGRPOTrainer(
@@ -132,23 +151,34 @@ def build_trainer(
 
 
 def run(trainer: ImgGenGRPOTrainer, *arguments) -> None:
-    """Train (or go on), then leave the final policy, the trainer's state and the settings in the run folder."""
+    """Train (or go on), then leave the final policy, the trainer's state and the settings in the run folder.
+
+    A run that a signal stopped leaves its checkpoint but no final policy, and exits with 128 + the signal's number.
+    """
     config = trainer.args
     if trainer.accelerator.is_main_process:
-        write_settings(Path(config.output_dir) / "settings.json", *arguments)
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint in ("last", "True", "true", True):
-        checkpoint = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"no checkpoint to resume from in {config.output_dir}: start without the flag")
+        write_settings(Path(config.output_dir), config.resume_from_checkpoint, *arguments)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except Exception:
         trainer.save_after_crash()
         raise
-    trainer.save_model(str(Path(config.output_dir) / "final"))
-    trainer.save_state()
+    finished = trainer.state.global_step >= trainer.state.max_steps
+    if finished:
+        trainer.save_model(str(Path(config.output_dir) / FINAL))
+        trainer.save_state()
     trainer.accelerator.end_training()  # joins the process group's threads while the interpreter still runs
+    if not finished:
+        sys.exit(128 + (trainer.stop_after_signal.received or signal.SIGTERM))
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program with a line instead of a traceback where the user gave something that cannot be."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 def read_policy_config(model_config: ModelConfig, arguments: PolicyArguments, task: str) -> LlamaGenConfig:
@@ -160,7 +190,7 @@ def read_policy_config(model_config: ModelConfig, arguments: PolicyArguments, ta
     path = model_config.model_name_or_path
     if path is None:
         raise ValueError("no policy: set --model_name_or_path to a LlamaGen .pt file or a folder (README, Weights)")
-    if not (Path(path) / "config.json").exists():
+    if not is_saved(path):
         return LlamaGenConfig.preset(arguments.policy_size, task=task, image_size=arguments.image_size)
     config = LlamaGenConfig.from_pretrained(path)
     if config.task != task:
@@ -177,34 +207,37 @@ def load_policy(
     """
     config = read_policy_config(model_config, arguments, task)
     folder = Path(model_config.model_name_or_path)
-    if not (folder / "config.json").exists():
-        official, folder = folder, Path(output_dir) / CONVERTED_POLICY
-        if not (folder / "config.json").exists():
-            LlamaGenForCausalLM.from_official(official, config).save_pretrained(folder)
-    policy = LlamaGenForCausalLM.from_pretrained(folder, dtype="float32")
+    if not is_saved(folder):
+        folder = _converted(folder, config, Path(output_dir) / CONVERTED_POLICY)
+    policy = LlamaGenForCausalLM.from_saved(folder)
     logger.info("policy %s: %.1fM parameters", folder, sum(p.numel() for p in policy.parameters()) / 1e6)
     return policy
 
 
-def load_vq(arguments: PolicyArguments) -> VQModel:
-    """The tokenizer, frozen, in evaluation mode."""
-    path = Path(arguments.vq_path)
-    if (path / "config.json").exists():
-        vq = VQModel.from_pretrained(path)
-    else:
-        vq = VQModel.from_official(path, VQConfig.preset(arguments.vq_size))
-    return vq.eval().requires_grad_(False)
+def _converted(official: Path, config: LlamaGenConfig, folder: Path) -> Path:
+    """`folder`, which holds this official file in Hugging Face form; made anew if it holds another or half of it."""
+    files = [official] if official.is_file() else sorted(official.glob("*.safetensors"))
+    stamp = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    record = folder / "converted_from.json"
+    if not record.is_file() or json.loads(record.read_text()) != stamp:
+        policy = LlamaGenForCausalLM.from_official(official, config)
+        shutil.rmtree(folder, ignore_errors=True)
+        policy.save_pretrained(folder)
+        record.write_text(json.dumps(stamp, indent=2) + "\n")  # comes last: without it the folder is not whole
+    return folder
 
 
-def write_settings(path: Path, *arguments) -> None:
-    """Command, every argument and the versions that ran, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_settings(folder: Path, resumed_from: str | None, *arguments) -> None:
+    """Command, every argument and the versions that ran, as JSON; a resumed run keeps those of its start, too."""
     settings = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {"python": platform.python_version(), **_versions()},
         "arguments": {type(one).__name__: _plain(one) for one in arguments},
     }
-    path.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    path = folder / SETTINGS
+    if resumed_from is not None and path.is_file():
+        path = path.with_stem(f"{path.stem}-{Path(resumed_from).name}")
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(settings, indent=2, default=str) + "\n"))
 
 
 def _plain(arguments) -> dict:
@@ -223,10 +256,38 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _refuse_to_overwrite(config: ImgGenGRPOConfig) -> None:
-    folder = Path(config.output_dir)
-    if config.resume_from_checkpoint is None and folder.is_dir() and get_last_checkpoint(folder) is not None:
-        raise ValueError(
-            f"{folder} already holds checkpoints: go on with --resume_from_checkpoint last, or choose another "
-            "--output_dir"
-        )
+def _check_output(config: ImgGenGRPOConfig) -> None:
+    """See that a new run overwrites none, and that one which goes on can; puts the checkpoint's path into `config`.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    folder, checkpoint = Path(config.output_dir), config.resume_from_checkpoint
+    newest = get_last_checkpoint(folder) if folder.is_dir() else None
+    if checkpoint is None:
+        if newest is not None:
+            raise ValueError(
+                f"{folder} already holds checkpoints: go on with --resume_from_checkpoint last, or choose another "
+                "--output_dir"
+            )
+        return
+    if checkpoint in ("last", "True", "true", True):
+        if newest is None:
+            raise ValueError(f"no checkpoint to resume from in {folder}: start without --resume_from_checkpoint")
+        checkpoint = newest
+    state = Path(checkpoint) / "trainer_state.json"
+    if not state.is_file():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {state.name}")
+    config.resume_from_checkpoint = str(checkpoint)
+    if (step := json.loads(state.read_text())["global_step"]) >= config.max_steps:
+        raise ValueError(f"{checkpoint} is at step {step} already: raise --max_steps {config.max_steps} to go on")
+    settings = Path(checkpoint).parent / SETTINGS
+    if not settings.is_file():
+        return
+    before = json.loads(settings.read_text())["arguments"][type(config).__name__]
+    changed = [name for name in KEPT_WHEN_RESUMED if name in before and before[name] != getattr(config, name)]
+    if changed:
+        listed = "; ".join(f"{name} was {before[name]}, is {getattr(config, name)}" for name in changed)
+        if list(Path(checkpoint).glob(f"{ROLLOUT_BUFFER}-*")):
+            raise ValueError(f"{checkpoint} lies in the middle of a rollout's batches ({listed}): resume with its own")
+        logger.warning("the run goes on, but not with the steps that it would have taken: %s", listed)

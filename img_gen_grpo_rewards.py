@@ -106,7 +106,7 @@ def build_rewards(
     arguments: RewardArguments | None = None,
     **options,
 ) -> RewardSuite:
-    """Build, check and load the rewards of a run.
+    """Build and check the rewards of a run; what is checked is that files and servers are there. Loads nothing.
 
     Args:
         names: rewards by name, None takes `arguments.reward_funcs`.
@@ -141,7 +141,6 @@ def build_rewards(
     scorers = build_scorers([base_name(name) for name in names], arguments)
     suite = RewardSuite(names, scorers, list(weights or [1.0] * len(names)), arguments)
     suite.check()
-    suite.load()
     return suite
 
 
@@ -248,6 +247,15 @@ class RewardSuite(list):
         """
         check_images(images, "rewards")
         return self._memo.get(images, _batch_key(prompts, metadata), lambda: self._score(images, prompts, metadata))
+
+    def totals(self, raw: dict[str, list[float | None]]) -> list[float]:
+        """Weighted sum of the rewards of each image, from what `score` gave; a judge without an answer adds nothing."""
+        num_images = len(next(iter(raw.values())))
+        totals = [0.0] * num_images
+        for function, weight in zip(self, self.weights, strict=True):
+            for index, score in enumerate(raw[function.scorer.name]):
+                totals[index] += 0.0 if score is None else weight * function.transform(score)
+        return totals
 
     def prefetch(self, images: Tensor, prompts: list[str], metadata: list | None = None) -> None:
         """Start the judges that wait for servers, and return; `score` then collects their answers."""

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -25,6 +26,7 @@ from trl.models import unwrap_model_for_generation
 
 from img_gen_grpo_rewards import RewardSuite, fill_missing
 from llamagen.grids import labelled_grid, save_png
+from llamagen.sampling import check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,14 @@ class ImgGenGRPOConfig(GRPOConfig):
     )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule; the paper names none."})
 
+    shuffle_dataset: bool = field(
+        default=False,
+        metadata={
+            "help": "Shuffle the prompts. The scripts draw them in random order already, and unshuffled a longer run "
+            "begins with the prompts of a shorter one."
+        },
+    )
+
     guidance_scale: float = field(
         default=2.0,
         metadata={"help": "s of classifier-free guidance while sampling; 1.0 is off. The paper trains with 2.0."},
@@ -127,6 +137,14 @@ class ImgGenGRPOConfig(GRPOConfig):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
+        check_sampling(self.guidance_scale, self.guidance_interval, self.temperature, self.top_k, self.top_p)
+        if self.temperature == 0 or self.top_p == 0:
+            raise ValueError(
+                f"temperature {self.temperature}, top_p {self.top_p}: greedy rollouts of a group are all the same and "
+                "teach nothing; use more than 0"
+            )
+        if self.logps_guidance not in ("guided", "conditional"):
+            raise ValueError(f"logps_guidance is {self.logps_guidance!r}: choose guided or conditional")
         if not 0.0 <= self.condition_dropout < 1.0:
             raise ValueError(
                 f"condition_dropout={self.condition_dropout} is no share: use 0 (off) to below 1, e.g. 0.1"
@@ -142,7 +160,7 @@ def accumulation_for(samples_per_step: int, per_device: int, processes: int, num
     Raises:
         ValueError: if the numbers do not divide; the message lists the per-device batch sizes that would.
     """
-    if samples_per_step % num_generations:
+    if samples_per_step < 1 or samples_per_step % num_generations:
         raise ValueError(
             f"samples_per_step {samples_per_step} is no multiple of num_generations {num_generations}: a step holds "
             f"whole groups, e.g. {samples_per_step // num_generations * num_generations or num_generations}"
@@ -202,7 +220,8 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         self._images_drawn = 0
         self._rollout_images: Tensor | None = None  # [B, 3, H, W], of the last rollout
         self._replayed_logps: Tensor | None = None  # [B, T], of the last forward of the update
-        self.add_callback(StopAfterSignal(self))
+        self.stop_after_signal = StopAfterSignal(self)
+        self.add_callback(self.stop_after_signal)
         for printing in (ProgressCallback, PrinterCallback):
             if self.pop_callback(printing) is not None:
                 self.add_callback(ShortProgressBar if not args.disable_tqdm else ShortLines)
@@ -233,6 +252,8 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
         ):
+            if isinstance(policy, FSDPModule) and "generate" not in vars(policy):
+                register_fsdp_forward_method(policy, "generate")  # gathers what the blocks do not hold
             return policy.generate(
                 input_ids=condition_ids,
                 **self.processing_class.condition(condition_ids),
@@ -252,7 +273,8 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         # TRL keeps completions for its logs and sends them between processes: names suffice there
         outputs[3] = [f"image {number}" for number in range(len(images))]
         outputs[0] = self._drop_conditions(outputs[0])
-        self._images_drawn += len(images) * self.accelerator.num_processes
+        if self.model.training:
+            self._images_drawn += len(images) * self.accelerator.num_processes
         return tuple(outputs)
 
     def _drop_conditions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -373,6 +395,8 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             self._metrics[mode][f"entropy/{kind}"].append(self.accelerator.gather(entropies.mean()).mean().item())
 
     def _count_seconds(self, phase: str, started: float) -> None:
+        if not self.model.training:  # an evaluation is no part of a step
+            return
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self._seconds[phase] += time.perf_counter() - started
@@ -422,7 +446,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
 class ImageGridCallback(TrainerCallback):
     """Draws the same prompts with the same noise every so many steps, so that two steps compare.
 
-    One row per prompt, rewards under each image, best first by the sum of rewards; written to
+    One row per prompt, rewards under each image, best first by their weighted sum; written to
     `OUTPUT/samples/step-XXXXXX.png` and to the loggers in use.
     """
 
@@ -451,9 +475,8 @@ class ImageGridCallback(TrainerCallback):
         if not trainer.accelerator.is_main_process:
             return
         images = trainer.processing_class.decode_images(codes)
-        rewards = self._rewards(images, captions, metadata)  # name -> [rows * G]
-        total = torch.tensor([sum(values[i] or 0.0 for values in rewards.values()) for i in range(len(images))])
-        best_first = total.view(-1, G).argsort(dim=1, descending=True, stable=True)  # [rows, G]
+        rewards, totals = self._rewards(images, captions, metadata)  # name -> [rows * G], [rows * G]
+        best_first = torch.tensor(totals).view(-1, G).argsort(dim=1, descending=True, stable=True)  # [rows, G]
         order = (best_first + G * torch.arange(len(best_first))[:, None]).flatten().tolist()
         labels = ["\n".join(f"{name} {_shown(values[i])}" for name, values in rewards.items()) for i in order]
         picture = labelled_grid(images[order], captions[::G], labels if rewards else None)
@@ -469,17 +492,21 @@ class ImageGridCallback(TrainerCallback):
                 break
         return list(seen.values())
 
-    def _rewards(self, images: Tensor, captions: list[str], metadata: list | None) -> dict[str, list[float | None]]:
+    def _rewards(
+        self, images: Tensor, captions: list[str], metadata: list | None
+    ) -> tuple[dict[str, list[float | None]], list[float]]:
+        """Each reward after its scale, by name, and their weighted sums."""
         suite = self.trainer._reward_suite
         if suite is None:
-            return {}
+            return {}, [0.0] * len(images)
         raw = suite.score(images, captions, metadata)
-        return {
+        rewards = {
             function.__name__: [
                 None if score is None else function.transform(score) for score in raw[function.scorer.name]
             ]
             for function in suite
         }
+        return rewards, suite.totals(raw)
 
     def _send(self, picture, step: int) -> None:
         import numpy as np

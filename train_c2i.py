@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dataset.labels import count_class_images, label_dataset, load_class_names
-from experiment import build_trainer, parse, run
+from experiment import build_trainer, errors_in_one_line, parse, run
 
 
 @dataclass
@@ -27,7 +27,8 @@ class ClassArguments:
 
 
 def main() -> None:
-    classes, policy, rewards, config, model = parse([ClassArguments], __doc__)
+    with errors_in_one_line():
+        classes, policy, rewards, config, model = parse([ClassArguments], __doc__)
 
     def make_dataset(num_prompts, policy_config):
         frequencies = None
@@ -36,7 +37,8 @@ def main() -> None:
         names = load_class_names(classes.class_names)
         return label_dataset(num_prompts, policy_config.num_classes, names, config.seed, frequencies)
 
-    trainer = build_trainer("c2i", make_dataset, policy, rewards, config, model)
+    with errors_in_one_line():
+        trainer = build_trainer("c2i", make_dataset, policy, rewards, config, model)
     run(trainer, classes, policy, rewards, config, model)
 
 

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Literal
 
 from dataset.captions import caption_dataset, load_captions, load_metadata
-from experiment import build_trainer, parse, read_policy_config, run
+from experiment import build_trainer, errors_in_one_line, parse, read_policy_config, run
 from llamagen.text import DEFAULT_ENCODER, CaptionEncoder
 from llamagen.text_store import load_text_encoder
 
@@ -46,7 +46,8 @@ class TextArguments:
 
 
 def main() -> None:
-    text, policy, rewards, config, model = parse([TextArguments], __doc__)
+    with errors_in_one_line():
+        text, policy, rewards, config, model = parse([TextArguments], __doc__)
 
     @cache  # one for captions and policy, loaded after everything that is cheaper to check
     def text_encoder() -> CaptionEncoder:
@@ -73,7 +74,8 @@ def main() -> None:
             text_encoder().require(dataset.unique("caption"))
         return dataset
 
-    trainer = build_trainer("t2i", make_dataset, policy, rewards, config, model, text_encoder)
+    with errors_in_one_line():
+        trainer = build_trainer("t2i", make_dataset, policy, rewards, config, model, text_encoder)
     run(trainer, text, policy, rewards, config, model)
 
 

@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, VQConfig, VQModel
+from llamagen.checkpoints import is_saved, where_to_get
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +33,13 @@ def find_policy(model_name: str, step: str, base_policy: str | Path, runs: str |
         base_policy: what "base" means.
         runs: the folder of the runs.
     Raises:
-        FileNotFoundError: if there is no such thing; says what there is.
+        FileNotFoundError: if there is no such thing; says what there is, or where a weight file is to be had.
     """
     if model_name == BASE:
         model_name, runs = str(base_policy), ""
     path = next((path for path in (Path(model_name), Path(runs) / model_name) if path.exists()), None)
+    if path is None and Path(model_name).suffix in WEIGHT_SUFFIXES:
+        raise FileNotFoundError(where_to_get(model_name))
     if path is None:
         present = ", ".join(sorted(entry.name for entry in Path(runs).iterdir())) if Path(runs).is_dir() else "none"
         raise FileNotFoundError(
@@ -73,14 +74,26 @@ def load_policy(
     path = Path(path)
     if (path / ADAPTER_NAME).is_file():
         policy = _load_adapter(path, task, policy_size, image_size)
-    elif _is_ours(path):
-        policy = LlamaGenForCausalLM.from_pretrained(path, dtype=torch.float32)
+    elif is_saved(path):
+        policy = LlamaGenForCausalLM.from_saved(path)
     else:
         policy = LlamaGenForCausalLM.from_official(path, _released_config(path, task, policy_size, image_size))
     if policy.config.task != task:
         raise ValueError(f"{path} is a {policy.config.task} policy: sample it with sample_{policy.config.task}.py")
     logger.info("policy %s: %.1fM parameters", path, sum(p.numel() for p in policy.parameters()) / 1e6)
     return policy.eval()
+
+
+def find_tokenizer(vq_path: str | None, policy_path: Path, default: str) -> str:
+    """Where the tokenizer of a policy lies: as asked for, else as its run trained with, else `default`.
+
+    Raises:
+        FileNotFoundError: if it is not there; says where released ones are to be had.
+    """
+    path = vq_path or tokenizer_of_run(policy_path) or default
+    if not Path(path).exists():
+        raise FileNotFoundError(where_to_get(path))
+    return path
 
 
 def load_tokenizer(path: str | Path, vq_size: str = "VQ-16") -> VQModel:
@@ -121,11 +134,6 @@ def _holds_weights(folder: Path) -> bool:
 
 def _is_weight_file(file: Path) -> bool:
     return file.suffix in WEIGHT_SUFFIXES and file.stem.startswith(("model", "adapter_model", "pytorch_model"))
-
-
-def _is_ours(path: Path) -> bool:
-    config = path / CONFIG_NAME
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == LlamaGenConfig.model_type
 
 
 def _released_config(path: Path, task: str, policy_size: str | None, image_size: int | None) -> LlamaGenConfig:

@@ -194,12 +194,26 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
                 "a text-conditional policy needs caption_embeds [B, P, E]: encode the captions with "
                 "llamagen.text.T5TextEncoder, or use task='c2i' weights for class labels"
             )
-        num_captions = len(input_ids) if condition_index is None else len(caption_embeds)
+        num_captions = len(input_ids) if condition_index is None else len(caption_embeds)  # U
         expected = [num_captions, P, config.caption_dim]
         if list(caption_embeds.shape) != expected:
-            raise ValueError(f"caption_embeds is {list(caption_embeds.shape)}, expected {expected} (B, P, E)")
-        if attention_mask is not None and attention_mask.shape[1] < P:
-            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, fewer than the {P} of a caption")
+            raise ValueError(f"caption_embeds is {list(caption_embeds.shape)}, expected {expected} (U, P, E)")
+        if condition_index is not None:
+            if condition_index.shape != input_ids.shape[:1]:
+                raise ValueError(
+                    f"condition_index is {list(condition_index.shape)}, expected one caption for each of the "
+                    f"{len(input_ids)} rows"
+                )
+            _check_range(condition_index, num_captions - 1, "condition_index", f"there are {num_captions} captions")
+        if attention_mask is None:
+            return
+        if len(attention_mask) != num_captions or attention_mask.shape[1] < P:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, expected [{num_captions}, {P} or more]: a row for "
+                "each caption"
+            )
+        if not attention_mask[:, :P].ne(0).any(dim=1).all():
+            raise ValueError("attention_mask has a row of zeros: even an empty caption has its end token")
 
     def rotary(self, device: torch.device) -> Tensor:
         """The rotary table [P + T, d/2, 2] on `device`, made once."""
@@ -251,6 +265,23 @@ class LlamaGenForCausalLM(LlamaGenPreTrainedModel, GenerationMixin):
         with torch.device("meta"):  # no time for random weights that the file replaces
             policy = cls(config)
         checkpoints.load_official_policy(policy, source)
+        return policy.eval()
+
+    @classmethod
+    def from_saved(cls, folder: str | Path) -> LlamaGenForCausalLM:
+        """A policy from a folder of `save_pretrained`, in float32 and evaluation mode.
+
+        As `from_pretrained`, which fills what the files lack with random numbers; this one refuses.
+
+        Raises:
+            FileNotFoundError, ValueError: if a file is missing or damaged, or a tensor does not fit config.json.
+        """
+        config = LlamaGenConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            policy = cls(config)
+        checkpoints.load_saved_policy(policy, folder)
+        policy.config.dtype = torch.float32
+        policy.name_or_path = policy.config.name_or_path = str(folder)  # where TRL finds the reference policy
         return policy.eval()
 
     def save_official(self, path: str | Path) -> None:

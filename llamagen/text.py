@@ -189,7 +189,13 @@ class T5TextEncoder(CaptionEncoder):
         self.batch_size = batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"no text encoder {self.name_or_path} ({str(error).strip().splitlines()[0]}): name a folder, or fetch "
+                f"it with `hf download {DEFAULT_ENCODER}`"
+            ) from error
         self._tokenizer.truncation_side = "right"
         self._check_tokenizer()
         model, report = T5EncoderModel.from_pretrained(

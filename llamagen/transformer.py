@@ -24,7 +24,11 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
+    def forward(self, *arguments, part: str = "score"):
+        """`score`, `prefill` or `decode`: all by way of `forward`, because sharding gathers weights in its hooks."""
+        return getattr(self, part)(*arguments)
+
+    def score(
         self, prefix: Tensor, codes: Tensor, index: Tensor, rotary: Tensor, masks: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         """Conditions [U, P, D] and codes [B, T, D] that follow one of them each -> the same shapes.

@@ -499,6 +499,17 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
 
 
+def load_tokenizer(path: str | Path, vq_size: str = "VQ-16") -> VQModel:
+    """A tokenizer in evaluation mode from a folder of `save_pretrained`, or an official file of the size `vq_size`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `VQModel.from_pretrained` and `VQModel.from_official`.
+    """
+    if (Path(path) / CONFIG_NAME).is_file():
+        return VQModel.from_pretrained(path)
+    return VQModel.from_official(path, VQConfig.preset(vq_size))
+
+
 def _rows(grid: Tensor) -> Tensor:
     """[B, E, h, w] to [B * h * w, E]: batch, then row, then column."""
     return grid.permute(0, 2, 3, 1).flatten(0, 2)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import GOLDEN
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, VQConfig, VQModel, checkpoints
 from llamagen.checkpoints import __main__ as converter
+from worlds import make_policy
 
 CLASS_POLICY, TEXT_POLICY = "gpt_c2i_mha", "gpt_t2i_120"
 
@@ -425,3 +426,56 @@ def test_command_line_errors_are_one_line(tmp_path, monkeypatch, arguments, mess
     with pytest.raises(SystemExit) as stopped:
         converter.main(arguments)
     assert str(stopped.value).startswith(message) and "\n" not in str(stopped.value)
+
+
+# Folders of save_pretrained
+
+
+def _without_head(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file({key: value for key, value in state.items() if key != "lm_head.weight"}, folder / "model.safetensors")
+
+
+def _one_layer_more(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
+def _as_released_by_the_authors(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file({f"gpt_model.{key}": value for key, value in state.items()}, folder / "model.safetensors")
+
+
+def _pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\n")
+
+
+def _cut(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without_head, r"missing: lm_head\.weight.*copy the whole folder again"),
+        (_one_layer_more, r"missing: model\.layers\.2\."),
+        (_as_released_by_the_authors, "AR-GRPO's authors with another model's config.json"),
+        (_pointer, "git-lfs pointer"),
+        (_cut, "no whole safetensors file"),
+    ],
+)
+def test_a_damaged_folder_is_refused_and_not_filled_with_random_numbers(tmp_path, spoil, message):
+    policy = make_policy(tmp_path / "policy")
+    assert_same(LlamaGenForCausalLM.from_saved(tmp_path / "policy").state_dict(), policy.state_dict())
+    spoil(tmp_path / "policy")
+    with pytest.raises(ValueError, match=message):
+        LlamaGenForCausalLM.from_saved(tmp_path / "policy")
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', '{"architectures": ["Other"]}'])
+def test_a_folder_with_another_model_s_configuration_is_not_taken_for_ours(tmp_path, config):
+    make_policy(tmp_path / "policy")
+    assert checkpoints.is_saved(tmp_path / "policy")
+    (tmp_path / "policy/config.json").write_text(config)
+    assert not checkpoints.is_saved(tmp_path / "policy")

@@ -13,6 +13,7 @@ from llamagen import LlamaGenConfig, LlamaGenForCausalLM
 from llamagen.checkpoints import ours_to_official
 from llamagen.sampling import draw, filter_logits, guide, sample_codes
 from llamagen.transformer import caption_mask, rotary_table
+from worlds import make_policy
 
 POLICIES = ["gpt_c2i_1000", "gpt_c2i_gqa", "gpt_c2i_mha", "gpt_t2i_120", "gpt_t2i_small"]
 CASES = [
@@ -314,3 +315,86 @@ def test_contradictory_sizes_are_named(settings, message):
 def test_wrong_sampling_settings_are_named(golden_policy, settings, message):
     with pytest.raises(ValueError, match=message):
         golden_policy("gpt_c2i_mha").policy.generate(torch.tensor([[1]]), **settings)
+
+
+# --------------------------------------------------------------------------------------------------- settings, sharding
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_interval": -7}, "guidance_interval is -7"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": -3}, "top_k is -3"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"input_ids": torch.zeros(0, 1, dtype=torch.long)}, "B at least 1"),
+    ],
+)
+def test_sampling_settings_outside_their_ranges_are_named(tmp_path, settings, message):
+    policy = make_policy(tmp_path / "policy")
+    with pytest.raises(ValueError, match=message):
+        policy.generate(**{"input_ids": torch.tensor([[1]]), **settings})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"condition_index": torch.tensor([0, 2])}, "condition_index 2 is outside 0 .. 1"),
+        ({"condition_index": torch.tensor([0])}, "condition_index is \\[1\\], expected one caption for each of the 2"),
+        ({"attention_mask": torch.ones(3, 4)}, "attention_mask is \\[3, 4\\], expected \\[2, 4 or more\\]"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}, "a row of zeros"),
+    ],
+)
+def test_captions_that_do_not_fit_their_rows_are_named(tmp_path, change, message):
+    policy = make_policy(tmp_path / "policy", task="t2i", caption_dim=8, cls_token_num=4)
+    inputs = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "caption_embeds": torch.randn(2, 4, 8)}
+    policy(**inputs, condition_index=torch.tensor([1, 0]), attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match=message):
+        policy(**{**inputs, **change})
+
+
+def test_shared_prefixes_under_gradient_checkpointing_give_the_gradients_of_repeated_ones(tmp_path):
+    policy = make_policy(tmp_path / "policy", task="t2i", caption_dim=8, cls_token_num=4)
+    torch.manual_seed(3)
+    captions, index = torch.randn(2, 4, 8), torch.tensor([0, 1, 1, 0])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])
+    ids = torch.cat((torch.zeros(4, 4, dtype=torch.long), torch.randint(policy.config.vocab_size, (4, 16))), dim=1)
+    gradients = []
+    for shared in (True, False):
+        policy.train().zero_grad()
+        (policy.gradient_checkpointing_enable if shared else policy.gradient_checkpointing_disable)()
+        condition = {"caption_embeds": captions, "attention_mask": mask, "condition_index": index}
+        if not shared:
+            condition = {"caption_embeds": captions[index], "attention_mask": mask[index]}
+        logits = policy(input_ids=ids, guidance_scale=2.0, **condition).logits[:, 3:-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 4:].flatten()).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
+    assert gradients[0]["model.layers.0.attention.wqkv.weight"].abs().max() > 1e-5
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_policy_that_fsdp_shards_draws_the_same_codes(tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    policy = make_policy(tmp_path / "policy")
+    labels = torch.tensor([[1], [2]])
+
+    def draw():
+        noise = [torch.Generator().manual_seed(number) for number in range(2)]
+        return policy.generate(labels, guidance_scale=2.0, generator=noise)
+
+    expected = draw()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in policy.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+        register_fsdp_forward_method(policy, "generate")  # as the trainer does
+        assert torch.equal(draw(), expected)
+    finally:
+        distributed.destroy_process_group()

@@ -304,6 +304,7 @@ def test_offloaded_judges_are_on_their_device_only_while_they_score(tmp_path, mo
     monkeypatch.setattr(Network, "to", lambda self, device: places.append(str(device)))
     options = {"clip_model": str(tmp_path / "clip"), "reward_device": "cpu:0", "reward_offload": True}
     suite = build_rewards(["clip"], **options)
+    suite.load()
     assert places == ["cpu"]
     forward = suite.scorers["clip"].score
     monkeypatch.setattr(suite.scorers["clip"], "score", lambda *inputs: places.append("score") or forward(*inputs))

@@ -1,6 +1,7 @@
 """The class-to-image script from its command line to its run folder, and what it says to wrong arguments."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -122,32 +123,99 @@ def test_an_official_file_is_converted_once_and_is_the_reference(world, tmp_path
     assert loaded.config._name_or_path == str(tmp_path / "run" / experiment.CONVERTED_POLICY)  # TRL's reference
     for name, value in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+    written = (tmp_path / "run" / experiment.CONVERTED_POLICY / "model.safetensors").stat().st_mtime_ns
+    experiment.load_policy(model, PolicyArguments(), "c2i", tmp_path / "run")
+    assert (tmp_path / "run" / experiment.CONVERTED_POLICY / "model.safetensors").stat().st_mtime_ns == written
+
+    torch.nn.init.normal_(policy.lm_head.weight)
+    policy.save_official(tmp_path / "other" / "c2i_B_256.pt")  # another policy for a run that did not begin
+    model = experiment.ModelConfig(model_name_or_path=str(tmp_path / "other" / "c2i_B_256.pt"))
+    loaded = experiment.load_policy(model, PolicyArguments(), "c2i", tmp_path / "run")
+    assert torch.equal(loaded.lm_head.weight, policy.lm_head.weight)
+
+
+def test_a_run_that_a_signal_stops_leaves_a_checkpoint_and_no_final_policy(world, run, tmp_path, monkeypatch):
+    from reward_utils.clip import ClipScorer
+
+    alive, calls = ClipScorer.score, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return alive(self, *arguments)
+
+    monkeypatch.setattr(ClipScorer, "score", interrupted)
+    settings = {**world, "max_steps": 4, "save_steps": 100, "image_grid_steps": 0}
+    with pytest.raises(SystemExit) as stopped:
+        run(settings)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "run/checkpoint-2/model.safetensors").exists()
+    assert not (tmp_path / "run/final").exists()
+    started = (tmp_path / "run/settings.json").read_text()
+    run(settings, "--resume_from_checkpoint", "last")
+    assert (tmp_path / "run/final/model.safetensors").exists()
+    assert (tmp_path / "run/settings.json").read_text() == started
+    resumed = json.loads((tmp_path / "run/settings-checkpoint-2.json").read_text())
+    assert resumed["arguments"]["ImgGenGRPOConfig"]["resume_from_checkpoint"] == str(tmp_path / "run/checkpoint-2")
+
+
+def test_a_run_that_cannot_go_on_says_so_before_anything_is_loaded(world, run, tmp_path, monkeypatch):
+    run({**world, "max_steps": 1})
+    monkeypatch.setattr(experiment, "load_policy", None)
+    with pytest.raises(SystemExit, match=r"is at step 1 already: raise --max_steps 1"):
+        run({**world, "max_steps": 1}, "--resume_from_checkpoint", "last")
+    with pytest.raises(SystemExit, match=r"nowhere is no checkpoint: it has no trainer_state\.json"):
+        run({**world, "max_steps": 2}, "--resume_from_checkpoint", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="no checkpoint to resume from"):
+        run({**world, "output_dir": str(tmp_path / "new")}, "--resume_from_checkpoint", "last")
+    (tmp_path / "run/checkpoint-1/rollout_buffer-0.safetensors").touch()
+    with pytest.raises(SystemExit, match=r"in the middle of a rollout's batches .*num_iterations was 1, is 2"):
+        run({**world, "max_steps": 2, "num_iterations": 2}, "--resume_from_checkpoint", "last")
+
+
+def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(world, run, monkeypatch):
+    from reward_utils.clip import ClipScorer
+
+    score, seen = ClipScorer.score, []
+    monkeypatch.setattr(
+        ClipScorer,
+        "score",
+        lambda self, images, prompts, meta: seen.append(prompts) or score(self, images, prompts, meta),
+    )
+    prompts = []
+    for steps, folder in ((2, "short"), (3, "long")):
+        seen.clear()
+        run({**world, "max_steps": steps, "image_grid_steps": 0, "output_dir": str(world["output_dir"]) + folder})
+        prompts.append(list(seen))
+    assert len(prompts[0]) == 2
+    assert prompts[1][:2] == prompts[0]
 
 
 def test_wrong_arguments_are_named_before_anything_is_drawn(world, run, tmp_path):
-    with pytest.raises(ValueError, match="per_device_train_batch_size can be 1, 2, 4, 8, 16"):
+    with pytest.raises(SystemExit, match="per_device_train_batch_size can be 1, 2, 4, 8, 16"):
         run(world, "--per_device_train_batch_size", "5")
-    with pytest.raises(ValueError, match="did you mean 'clip'"):
+    with pytest.raises(SystemExit, match="did you mean 'clip'"):
         run({**world, "reward_funcs": ["clp"]})
-    with pytest.raises(ValueError, match="3 class names for a policy with 5 classes"):
+    with pytest.raises(SystemExit, match="3 class names for a policy with 5 classes"):
         (tmp_path / "names.txt").write_text("a\nb\nc\n")
         run(world)
-    with pytest.raises(ValueError, match="set --max_steps"):
+    with pytest.raises(SystemExit, match="set --max_steps"):
         run(world, "--max_steps", "-1")
-    with pytest.raises(FileNotFoundError, match=r"hf download FoundationVision/LlamaGen c2i_B_256\.pt"):
+    with pytest.raises(SystemExit, match=r"hf download FoundationVision/LlamaGen c2i_B_256\.pt"):
         run({**world, "model_name_or_path": str(tmp_path / "nowhere/c2i_B_256.pt"), "class_names": "imagenet"})
     assert not (tmp_path / "run/samples").exists()
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(world, run):
     run({**world, "max_steps": 1})
-    with pytest.raises(ValueError, match="already holds checkpoints"):
+    with pytest.raises(SystemExit, match="already holds checkpoints"):
         run({**world, "max_steps": 1})
 
 
 def test_a_text_policy_is_sent_to_the_other_script(world, run, tmp_path):
     make_policy(tmp_path / "text", task="t2i", caption_dim=8, cls_token_num=4)
-    with pytest.raises(ValueError, match=r"train_t2i\.py"):
+    with pytest.raises(SystemExit, match=r"train_t2i\.py"):
         run({**world, "model_name_or_path": str(tmp_path / "text")})
 
 

@@ -24,7 +24,7 @@ from worlds import brightness, make_dataset, make_policy, make_processor
 TESTED_TRL = "1.16"
 
 
-def make_trainer(folder, rewards=None, peft_config=None, dataset=None, **settings):
+def make_trainer(folder, rewards=None, peft_config=None, dataset=None, eval_dataset=None, **settings):
     defaults = {
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": 8,
@@ -50,6 +50,7 @@ def make_trainer(folder, rewards=None, peft_config=None, dataset=None, **setting
         dataset or make_dataset(),
         make_processor(policy),
         peft_config=peft_config,
+        eval_dataset=eval_dataset,
     )
 
 
@@ -181,9 +182,20 @@ def test_dropped_conditions_are_scored_under_the_null_class_and_sampled_under_th
     torch.testing.assert_close(inputs["ref_per_token_logps"], expected, atol=1e-4, rtol=0)
 
 
-def test_a_share_of_conditions_to_drop_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"condition_dropout=1\.5 is no share"):
-        ImgGenGRPOConfig(output_dir=str(tmp_path), use_cpu=True, condition_dropout=1.5)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"condition_dropout": 1.5}, r"condition_dropout=1\.5 is no share"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"temperature": 0.0}, "greedy rollouts of a group are all the same"),
+        ({"top_p": 0.0}, "greedy rollouts of a group are all the same"),
+        ({"logps_guidance": "foo"}, "logps_guidance is 'foo'"),
+        ({"samples_per_step": -8}, "samples_per_step -8"),
+    ],
+)
+def test_settings_outside_their_ranges_are_refused(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        ImgGenGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **setting)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"logps_guidance": "conditional"}])
@@ -297,6 +309,24 @@ def test_every_step_logs_what_the_readme_names(tmp_path):
     shares = [metrics[f"time/{phase}_share"] for phase in ("rollout", "rewards", "update")]
     assert sum(shares) == pytest.approx(1.0)
     assert not any(name.startswith("completions/") for name in metrics)
+
+
+def test_an_evaluation_between_steps_is_measured_apart(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=make_dataset().select(range(4)),
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+    )
+    trainer.train()
+    steps, evaluations = logged(trainer), [row for row in trainer.state.log_history if "eval_reward" in row]
+    assert len(steps) == len(evaluations) == 2
+    for row in steps:
+        shares = [row[f"time/{phase}_share"] for phase in ("rollout", "rewards", "update")]
+        assert all(0 < share < 1 for share in shares)
+        assert sum(shares) == pytest.approx(1)
 
 
 def test_a_checkpoint_holds_the_policy_and_nothing_else(tmp_path):

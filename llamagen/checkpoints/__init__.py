@@ -109,6 +109,28 @@ def load_official_policy(policy: nn.Module, source: Source) -> None:
     load_strict(policy, official_to_ours(state), name, _advise_policy(state, policy.config))
 
 
+def is_saved(path: str | Path) -> bool:
+    """Whether a path is a folder of `LlamaGenForCausalLM.save_pretrained`: its config.json says so."""
+    config = Path(path) / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == "llamagen"
+
+
+def load_saved_policy(policy: nn.Module, folder: str | Path) -> None:
+    """Fill a `LlamaGenForCausalLM` from a folder of `save_pretrained`; unlike transformers, every tensor must fit.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_official` and `load_strict`, with the remedy.
+    """
+    state = read_official(folder)
+    advice = "config.json and the weights are not of one model: copy the whole folder again."
+    if any(key.startswith((POLICY_PREFIX, TOKENIZER_PREFIX)) for key in state):
+        advice = (
+            "This is a folder of AR-GRPO's authors with another model's config.json: convert it with "
+            "`python -m llamagen.checkpoints convert`, or take that file away."
+        )
+    load_strict(policy, state, describe_source(folder), advice)
+
+
 def load_official_tokenizer(tokenizer: nn.Module, source: Source) -> None:
     """Fill a `VQModel` from an official file, an AR-GRPO folder or an official state dict.
 
@@ -209,6 +231,19 @@ def describe_source(source: Source) -> str:
     return "the given state dict" if isinstance(source, Mapping) else str(source)
 
 
+def where_to_get(path: str | Path) -> str:
+    """What to tell someone whose weight file is missing: the command that fetches it, or what is released."""
+    path = Path(path)
+    host = next((hub for hub, files in HUB_FILES.items() if path.name in files), None)
+    if host:
+        return f"there is no {path}. Fetch it with: hf download {host} {path.name} --local-dir {path.parent}"
+    listing = "; ".join(f"{hub} has {', '.join(files)}" for hub, files in HUB_FILES.items())
+    return (
+        f"there is no {path}. Released weights: {listing}. Fetch one with, for instance: "
+        f"hf download FoundationVision/LlamaGen c2i_B_256.pt --local-dir {path.parent}"
+    )
+
+
 def save_official(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Write {"model": state}, which the original programs read; `state` has official names. Replaces `path` at once."""
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -290,7 +325,7 @@ def _read_path(path: Path) -> object:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(_where_to_get(path))
+        raise FileNotFoundError(where_to_get(path))
     _refuse_what_is_no_weight_file(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
@@ -362,17 +397,6 @@ def _refuse_what_is_no_weight_file(path: Path) -> None:
             f"{path} is a web page, not the weights: the download answered with HTML. Fetch it with `hf download`, or "
             "from an address with /resolve/ where the page has /blob/."
         )
-
-
-def _where_to_get(path: Path) -> str:
-    host = next((hub for hub, files in HUB_FILES.items() if path.name in files), None)
-    if host:
-        return f"there is no {path}. Fetch it with: hf download {host} {path.name} --local-dir {path.parent}"
-    listing = "; ".join(f"{hub} has {', '.join(files)}" for hub, files in HUB_FILES.items())
-    return (
-        f"there is no {path}. Released weights: {listing}. Fetch one with, for instance: "
-        f"hf download FoundationVision/LlamaGen c2i_B_256.pt --local-dir {path.parent}"
-    )
 
 
 def _unwrap(content: object, name: str) -> Mapping[str, Tensor]:

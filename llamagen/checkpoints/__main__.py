@@ -39,8 +39,7 @@ def export(folder: Path, file: Path) -> str:
     if file.is_dir():
         raise ValueError(f"{file} is a folder, but one file is to be written: name it, such as {file / 'model.pt'}")
     model_type = _model_type(folder)
-    model_class = VQModel if model_type == MODEL_TYPE else LlamaGenForCausalLM
-    model = model_class.from_pretrained(folder)
+    model = VQModel.from_pretrained(folder) if model_type == MODEL_TYPE else LlamaGenForCausalLM.from_saved(folder)
     model.save_official(file)
     return f"{folder} -> {file}: {_summary(model)}"
 
