@@ -11,8 +11,8 @@ if [[ "${1:-}" == *.yaml ]]; then
   CONFIG=$1
   shift
 fi
-PYTHON=${PYTHON:-python}
-NUM_PROCESSES=${NUM_PROCESSES:-$($PYTHON -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+source .ci/python.sh
+NUM_PROCESSES=${NUM_PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-exec $PYTHON -m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES" \
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES" \
   train_t2i.py --config "$CONFIG" "$@"

@@ -17,6 +17,8 @@ import transformers
 from benchmark.sample_classes import (
     add_draw_arguments,
     add_model_arguments,
+    check_counts,
+    check_png,
     load_models,
     pick_classes,
     pick_device,
@@ -46,15 +48,18 @@ def draw_sheet(options: argparse.Namespace) -> Path:
     """Draw the classes that the options name and write the sheet; the images are, up to rounding, those of test.sh.
 
     Raises:
-        FileNotFoundError, ValueError: for models that are not there, or classes the policy does not have.
+        FileNotFoundError, ValueError: for options outside their ranges, models that are not there, or classes the
+            policy does not have.
     """
+    check_counts(options, "num_per_class")
+    check_png(options.output)
     device = pick_device(options.device)
-    _, policy, vq = load_models(options, device)
+    settings = read_draw_settings(options, device)
+    _, _, policy, vq = load_models(options, device)
     num_classes = policy.config.num_classes
     default = DEMO_CLASSES if num_classes > max(DEMO_CLASSES) else range(min(num_classes, MAX_DEFAULT_CLASSES))
     labels = pick_classes(options.classes or default, num_classes)
     titles = _titles(labels, options.class_names, num_classes)
-    settings = read_draw_settings(options, device)
     images = [
         raw.add(1).mul(0.5).clamp(0, 1).cpu()
         for label in labels

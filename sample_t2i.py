@@ -15,7 +15,14 @@ import torch
 import transformers
 
 from benchmark.sample_captions import DEFAULT_BASE, DEFAULT_VQ, add_text_arguments, load_models
-from benchmark.sample_classes import add_draw_arguments, add_model_arguments, pick_device, read_draw_settings
+from benchmark.sample_classes import (
+    add_draw_arguments,
+    add_model_arguments,
+    check_counts,
+    check_png,
+    pick_device,
+    read_draw_settings,
+)
 from benchmark.sampling import draw_captions
 from llamagen.grids import labelled_grid, save_png
 
@@ -38,11 +45,14 @@ def draw_sheet(options: argparse.Namespace) -> Path:
     Image k of a caption is, up to rounding, image k of test_t2i.sh with the same seed and settings.
 
     Raises:
-        FileNotFoundError, ValueError: for models that are not there or do not belong together.
+        FileNotFoundError, ValueError: for options outside their ranges, or models that are not there or do not belong
+            together.
     """
+    check_counts(options, "num_per_caption")
+    check_png(options.output)
     device = pick_device(options.device)
-    models = load_models(options, device)
     settings = read_draw_settings(options, device)
+    models = load_models(options, device)
     images = [
         raw.add(1).mul(0.5).clamp(0, 1).cpu()
         for caption in options.captions

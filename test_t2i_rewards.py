@@ -50,11 +50,11 @@ DRAWBENCH = "data/drawbench/drawbench_test_1000.json"  # where python -m dataset
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: draw if a model was named, score this process's share; the first process writes and prints."""
-    arguments, options = _parse(argv)
     share = Share.from_environment()
     logging.basicConfig(level=logging.INFO if share.rank == 0 else logging.ERROR, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()
     try:
+        arguments, options = _parse(argv)
         summaries = evaluate(options, arguments, share)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

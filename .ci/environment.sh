@@ -17,10 +17,20 @@ _find_python() {
   return 1
 }
 
-_wanted=$(sha256sum requirements.txt | cut -d' ' -f1)
+_sha256() { if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi; } # macOS has shasum
+
+_wanted=$(_sha256 requirements.txt | cut -d' ' -f1)
 if [[ "$(cat "$VENV/.requirements.sha256" 2>/dev/null)" != "$_wanted" ]]; then
   echo "Installing into $VENV (once; a few minutes)"
-  [[ -x $PYTHON ]] || "$(_find_python)" -m venv "$VENV"
+  if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # also what a venv is that broke off, for want of ensurepip
+    _base=$(_find_python)
+    if ! "$_base" -m venv "$VENV"; then
+      rm -f "$VENV"/bin/python* # so that the next try begins with the Python it is given
+      echo "error: $_base cannot make $VENV: install its venv module (Debian: apt install python3-venv), or set" \
+        "BASE_PYTHON to another Python" >&2
+      exit 1
+    fi
+  fi
   # bytecode is compiled for what is imported, not for everything that is installed
   "$PYTHON" -m pip install --quiet --no-compile --requirement requirements.txt
   "$PYTHON" -m pip check

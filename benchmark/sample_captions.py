@@ -27,10 +27,11 @@ import transformers
 from PIL import Image
 
 from benchmark.archives import write_json
-from benchmark.models import arguments_of_run, find_policy, fingerprint, load_policy, load_tokenizer, tokenizer_of_run
+from benchmark.models import arguments_of_run, find_policy, find_tokenizer, fingerprint, load_policy, load_tokenizer
 from benchmark.sample_classes import (
     add_draw_arguments,
     add_model_arguments,
+    check_counts,
     describe_job,
     job_name,
     pick_device,
@@ -152,16 +153,16 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
     """Draw what is missing of the job that the options describe; returns its folder.
 
     Raises:
-        FileNotFoundError, ValueError: for models or prompts that are not there, or results of another job in the way.
+        FileNotFoundError, ValueError: for options outside their ranges, models or prompts that are not there, or
+            results of another job in the way.
     """
-    for name in ("num_per_prompt", "prompts_at_once"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: it takes at least 1")
+    check_counts(options, "num_per_prompt", "prompts_at_once", "num_prompts")
     device = pick_device(options.device)
+    draw_settings = read_draw_settings(options, device)
     every_prompt = read_prompts(options)
     prompts = every_prompt[: options.num_prompts]
     models = load_models(options, device)
-    encoder, draw_settings = models.encoder, read_draw_settings(options, device)
+    encoder = models.encoder
     if isinstance(encoder, StoredTextEncoder):
         encoder.require([prompt.caption for prompt in prompts])
     settings = {
@@ -234,8 +235,8 @@ def load_models(options: argparse.Namespace, device: torch.device) -> TextModels
         FileNotFoundError, ValueError: if one of them is missing or they do not belong together.
     """
     policy_path = find_policy(options.model, options.step, options.base_policy, options.runs)
+    vq_path = find_tokenizer(options.vq_path, policy_path, DEFAULT_VQ)
     policy = load_policy(policy_path, "t2i", options.policy_size, options.image_size)
-    vq_path = options.vq_path or tokenizer_of_run(policy_path) or DEFAULT_VQ
     vq = load_tokenizer(vq_path, options.vq_size)
     encoder = load_text_encoder(policy.config, **text_arguments(options, policy_path), device=device)
     LlamaGenProcessor(policy.config, vq, encoder)  # refuses a tokenizer of another codebook

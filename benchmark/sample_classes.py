@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -26,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmark.archives import ImageArchive, write_images, write_json
-from benchmark.models import BASE, FINAL, find_policy, fingerprint, load_policy, load_tokenizer, tokenizer_of_run
+from benchmark.models import BASE, FINAL, find_policy, find_tokenizer, fingerprint, load_policy, load_tokenizer
 from benchmark.sampling import (
     DrawSettings,
     Share,
@@ -42,6 +43,8 @@ from benchmark.sampling import (
 from llamagen import LlamaGenForCausalLM, VQModel
 from llamagen.grids import save_png
 from llamagen.pixels import FID_SIZE, fid_samples
+from llamagen.sampling import check_sampling
+from llamagen.vq import VQ_PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +70,24 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
     """Draw what is missing of the job that the options describe; returns the path of the .npz.
 
     Raises:
-        FileNotFoundError, ValueError: for models that are not there, classes the policy does not have, or results of
-            another job in the way.
+        FileNotFoundError, ValueError: for options outside their ranges, models that are not there, classes the policy
+            does not have, or results of another job in the way.
     """
+    check_counts(options, "num_per_class", "output_size")
+    if options.output is not None and options.output.suffix != ".npz":
+        raise ValueError(f"--output {options.output}: the samples are an .npz file, so give it that ending")
     device = pick_device(options.device)
-    policy_path, policy, vq = load_models(options, device)
-    labels = pick_classes(options.classes, policy.config.num_classes)
     draw_settings = read_draw_settings(options, device)
+    policy_path, vq_path, policy, vq = load_models(options, device)
+    labels = pick_classes(options.classes, policy.config.num_classes)
     native_size = policy.config.grid_size * vq.config.downsample_factor
-    size = options.output_size or min(native_size, FID_SIZE)
+    size = min(native_size, FID_SIZE) if options.output_size is None else options.output_size
 
     units = [Unit(label, options.num_per_class) for label in labels]
     rows = shuffled_rows(units)
     settings = {
         "policy_sha256": fingerprint(policy_path),
-        "vq_sha256": fingerprint(_vq_path(options, policy_path)),
+        "vq_sha256": fingerprint(vq_path),
         "seed": options.seed,
         "num_per_class": options.num_per_class,
         "classes": "all" if options.classes is None else labels,
@@ -102,7 +108,7 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
         draw_units(folder, draw, share)
         if share.rank == 0:
             wait_for_units(folder)
-            record = describe_job(options, policy_path, _vq_path(options, policy_path), device, settings)
+            record = describe_job(options, policy_path, vq_path, device, settings)
             record |= {"rows": "shuffled by a hash of class and index; arr_1 holds the class of each row"}
             write_json(_record_of(output), record | {"num_images": len(rows), "native_size": native_size})
             labels_of_rows = [unit.condition for unit, _ in rows]
@@ -127,7 +133,7 @@ def add_model_arguments(
     group.add_argument("--policy_size", help="of a .pt file whose name does not say it: GPT-B, GPT-L, ...")
     group.add_argument("--image_size", type=int, help="of a .pt file whose name does not say it: 256, 384, 512")
     group.add_argument("--vq_path", help=f"tokenizer: folder or .pt; by default the run's own, else {vq}")
-    group.add_argument("--vq_size", default="VQ-16", help="of a .pt tokenizer: VQ-16 or VQ-8 (VQ-16)")
+    group.add_argument("--vq_size", default="VQ-16", choices=VQ_PRESETS, help="of a .pt tokenizer (VQ-16)")
 
 
 def add_draw_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -159,37 +165,69 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def load_models(options: argparse.Namespace, device: torch.device) -> tuple[Path, LlamaGenForCausalLM, VQModel]:
-    """(path of the policy, policy, tokenizer) that the model arguments name, on `device`.
+def load_models(options: argparse.Namespace, device: torch.device) -> tuple[Path, str, LlamaGenForCausalLM, VQModel]:
+    """(path of the policy, path of the tokenizer, policy, tokenizer) that the model arguments name, on `device`.
 
     Raises:
         FileNotFoundError, ValueError: if one of them is missing or they do not belong together.
     """
     policy_path = find_policy(options.model, options.step, options.base_policy, options.runs)
+    vq_path = find_tokenizer(options.vq_path, policy_path, DEFAULT_VQ)
     policy = load_policy(policy_path, "c2i", options.policy_size, options.image_size)
-    vq = load_tokenizer(_vq_path(options, policy_path), options.vq_size)
+    vq = load_tokenizer(vq_path, options.vq_size)
     if vq.config.codebook_size != policy.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {vq.config.codebook_size} codes, the policy draws {policy.config.vocab_size}: give the "
             "one it was trained with as --vq_path"
         )
-    return policy_path, policy.to(device), vq.to(device)
+    return policy_path, vq_path, policy.to(device), vq.to(device)
+
+
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if one of these options was given and is less than 1."""
+    for name in names:
+        if (count := getattr(options, name)) is not None and count < 1:
+            raise ValueError(f"--{name} {count}: it takes at least 1")
+
+
+def check_png(path: Path) -> None:
+    """Raise ValueError if a sheet is to be written under another ending than its format's."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output {path}: the sheet is a PNG, so give it the ending .png")
 
 
 def read_draw_settings(options: argparse.Namespace, device: torch.device) -> DrawSettings:
-    """The draw arguments; weights stay float32, but a GPU computes in bfloat16 by default, as in training."""
+    """The draw arguments; weights stay float32, but a GPU computes in bfloat16 by default, as in training.
+
+    Raises:
+        ValueError: if one is outside its range; needs no model, so ask before one is loaded.
+    """
+    check_counts(options, "batch_size")
+    check_sampling(options.guidance_scale, options.guidance_interval, options.temperature, options.top_k, options.top_p)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawSettings)}
     given["dtype"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return DrawSettings(**given)
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, by default this process's GPU, or the CPU if there is none."""
-    if name:
+    """The device asked for, by default a GPU if there is one. A GPU without a number is this process's own.
+
+    Raises:
+        ValueError: for a name that is none of a CPU or GPU, or a GPU that is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: it takes cuda, a GPU by its number as cuda:0, or cpu")
+    if name == "cpu":
         return torch.device(name)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+    if index >= (count := torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise ValueError(
+            f"--device {name}: there is no GPU {index}, {count} can be used here (CUDA_VISIBLE_DEVICES: {visible}). "
+            "Name GPUs that nvidia-smi lists, one for each process, or cpu: as --device, or as GPU_RANK of the scripts"
+        )
+    return torch.device("cuda", index)
 
 
 def pick_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
@@ -229,14 +267,8 @@ def describe_job(
     }
 
 
-def _vq_path(options: argparse.Namespace, policy_path: Path) -> str:
-    return options.vq_path or tokenizer_of_run(policy_path) or DEFAULT_VQ
-
-
 def _is_done(output: Path, settings: dict) -> bool:
     """Whether the samples are there; raises ValueError if something else is."""
-    if output.suffix != ".npz":
-        raise ValueError(f"--output {output}: the samples are an .npz file, so give it that ending")
     if not output.is_file():
         return False
     if not (record := _record_of(output)).is_file():

@@ -299,12 +299,95 @@ def test_images_are_resized_when_asked_and_written_as_pngs_when_asked(sample):
         (["--classes", "2", "5"], r"class 5 .* 0 \.\. 4"),
         (["--model", "nowhere"], "no model 'nowhere'"),
         (["--vq_path", "nowhere.pt"], r"nowhere\.pt"),
-        (["--output", "samples-1.75"], r"\.npz"),
     ],
 )
 def test_wrong_arguments_are_one_line(sample, options, message):
     with pytest.raises(SystemExit, match=message):
         sample("wrong", *options)
+
+
+OUT_OF_RANGE = [
+    (["--batch_size", "0"], "--batch_size 0: it takes at least 1"),
+    (["--guidance_scale", "nan"], "guidance_scale is nan: it is a finite number"),
+    (["--temperature", "nan"], "temperature is nan: it is a number"),
+    (["--top_p", "1.5"], "top_p is 1.5: it is a probability"),
+    (["--device", "foo"], "--device foo: it takes cuda"),
+    (["--device", "cuda"], "--device cuda: there is no GPU 0, 0 can be used here .CUDA_VISIBLE_DEVICES: 3.* or cpu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *OUT_OF_RANGE,
+        (["--num_per_class", "0"], "--num_per_class 0: it takes at least 1"),
+        (["--output_size", "-4"], "--output_size -4: it takes at least 1"),
+        (["--output_size", "0"], "--output_size 0: it takes at least 1"),
+        (["--output", "samples-1.75"], r"samples-1\.75: .* \.npz file"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_read_or_written(
+    sample, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(sample_classes, "load_policy", None)  # would fail if it were called
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message) as error:
+        sample("wrong", *options)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []  # no folder of units that is in the next one's way
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *OUT_OF_RANGE,
+        (["--num_per_class", "0"], "--num_per_class 0: it takes at least 1"),
+        (["--output", "s.gif"], r"--output s\.gif: the sheet is a PNG, so give it the ending \.png"),
+    ],
+)
+def test_a_sheets_options_are_checked_before_models_are_loaded(monkeypatch, options, message):
+    monkeypatch.setattr(sample_c2i, "load_models", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message):
+        sample_c2i.main(options)
+
+
+def test_tokenizer_sizes_are_those_that_were_released(capsys):
+    with pytest.raises(SystemExit):
+        sample_classes.main(["--vq_size", "VQ-9"])
+    assert "--vq_size: invalid choice: 'VQ-9' (choose from" in capsys.readouterr().err
+
+
+def test_each_process_has_the_gpu_of_its_rank_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert sample_classes.pick_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert sample_classes.pick_device("cuda") == sample_classes.pick_device(None) == torch.device("cuda:1")
+    assert sample_classes.pick_device("cuda:0") == torch.device("cuda:0")
+    assert sample_classes.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("cuda", None):
+        with pytest.raises(ValueError, match="there is no GPU 2, 2 can be used here"):
+            sample_classes.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sample_classes.pick_device(None) == torch.device("cpu")
+
+
+def test_missing_weight_files_say_where_to_get_them(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample_classes, "load_policy", None)  # the tokenizer is looked for first
+    fetch = "hf download FoundationVision/LlamaGen {0} --local-dir weights$"
+    for options, name in {
+        ("--model", "base"): r"c2i_B_256\.pt",
+        ("--model", "weights/c2i_L_384.pt"): r"c2i_L_384\.pt",
+        ("--vq_path", "weights/vq_ds16_c2i.pt"): r"vq_ds16_c2i\.pt",
+    }.items():
+        with pytest.raises(SystemExit, match=fetch.format(name)):
+            sample("wrong", *options)
 
 
 def test_a_tokenizer_of_another_codebook_is_refused(sample, tmp_path):
@@ -429,7 +512,16 @@ def test_the_script_passes_model_gpus_step_and_guidance_on(tmp_path):
     assert "--seed 0" in line and line.strip().endswith("--seed 3")  # what the caller adds comes last and wins
     several = run_script(tmp_path, "mine", "0,2,5", "100", "2.0").stdout
     assert several.startswith("gpus=0,2,5\n-m\ntorch.distributed.run\n--standalone\n--nproc_per_node\n3\n")
-    assert run_script(tmp_path, "mine", "cpu", "100", "2.0").stdout.startswith("gpus=\n-m\nbenchmark")
+    on_cpu = run_script(tmp_path, "mine", "cpu", "100", "2.0").stdout
+    assert on_cpu.startswith("gpus=\n-m\nbenchmark") and "--device" not in on_cpu
+    assert "--device\ncuda\n" in several and "--device cuda" in line  # so that a GPU that is not there is an error
+
+
+@pytest.mark.parametrize("gpus", ["gpu0", "0,", "0 1", "-1", "cpu,0", "all"])
+def test_the_script_refuses_what_is_no_gpu(tmp_path, gpus):
+    called = run_script(tmp_path, "mine", gpus, "100", "2.0")
+    assert (called.returncode, called.stdout) == (2, "")
+    assert called.stderr == f"error: GPU_RANK '{gpus}': it takes a GPU (0), several (0,1,2,3), or cpu\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["mine", "0", "100"], ["--help", "0", "1", "2"]])

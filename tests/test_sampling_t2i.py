@@ -275,12 +275,51 @@ def test_results_of_other_settings_are_not_mixed_in(sample, tmp_path):
         (["--text_encoder", "/nowhere"], "/nowhere"),
         (["--num_per_prompt", "0"], "at least 1"),
         (["--prompts_at_once", "0"], "at least 1"),
+        (["--num_prompts", "-1"], "--num_prompts -1: it takes at least 1"),
     ],
 )
 def test_wrong_arguments_are_one_line(sample, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)  # where no prompts were fetched
     with pytest.raises(SystemExit, match=message):
         sample("wrong", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: it takes at least 1"),
+        (["--guidance_scale", "nan"], "guidance_scale is nan"),
+        (["--device", "foo"], "--device foo: it takes cuda"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_models_are_loaded(sample, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(sample_captions, "load_models", None)  # would fail if it were called
+    monkeypatch.setattr(sample_t2i, "load_models", None)
+    with pytest.raises(SystemExit, match=message):
+        sample("wrong", *options)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit, match=message):
+        sample_t2i.main(["a star", *options])
+
+
+def test_a_sheet_is_a_png_with_at_least_one_image_a_row(monkeypatch):
+    monkeypatch.setattr(sample_t2i, "load_models", None)
+    with pytest.raises(SystemExit, match=r"--output s\.gif: the sheet is a PNG, so give it the ending \.png"):
+        sample_t2i.main(["a star", "--output", "s.gif"])
+    with pytest.raises(SystemExit, match="--num_per_caption 0: it takes at least 1"):
+        sample_t2i.main(["a star", "--num_per_caption", "0"])
+
+
+def test_missing_weight_files_say_where_to_get_them(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample_captions, "load_policy", None)  # the tokenizer is looked for first
+    fetch = "hf download peizesun/llamagen_t2i {0} --local-dir weights$"
+    for options, name in {
+        ("--model", "base"): r"t2i_XL_stage1_256\.pt",
+        ("--vq_path", "weights/vq_ds16_t2i.pt"): r"vq_ds16_t2i\.pt",
+    }.items():
+        with pytest.raises(SystemExit, match=fetch.format(name)):
+            sample("wrong", *options)
 
 
 def test_models_that_do_not_belong_together_are_refused(sample, tmp_path):
@@ -329,7 +368,9 @@ def test_the_script_passes_model_gpus_step_and_guidance_on(tmp_path):
     line = " ".join(called)
     assert "--model mine --step 300 --guidance_scale 2.0" in line
     assert "--prompts data/geneval/evaluation_metadata.jsonl" in line
-    assert "--seed 0" in line and line.strip().endswith("--num_per_prompt 4 --seed 3")  # what the caller adds comes last and wins
+    assert "--seed 0" in line and line.strip().endswith(
+        "--num_per_prompt 4 --seed 3"
+    )  # what the caller adds comes last and wins
     several = run_script(tmp_path, "mine", "0,2,5", "300", "2.0").stdout
     assert several.startswith("gpus=0,2,5\n-m\ntorch.distributed.run\n--standalone\n--nproc_per_node\n3\n")
     called = run_script(tmp_path, "mine", "0", "300")

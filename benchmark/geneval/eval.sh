@@ -7,7 +7,7 @@ IMAGES=${1:?give the folder with 00000/metadata.jsonl, 00000/samples/0000.png, .
 GPU_RANK=${2:-0}
 shift $(( $# < 2 ? $# : 2 ))
 
-: "${PYTHON:=python}"
 IMAGES=$(realpath "$IMAGES")
 cd "$(dirname "$0")/../.."
+source .ci/python.sh
 CUDA_VISIBLE_DEVICES=$GPU_RANK exec "$PYTHON" -m benchmark.geneval "$IMAGES" "$@"
