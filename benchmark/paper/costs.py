@@ -1,0 +1,86 @@
+"""What a plan will cost, estimated before anything runs. Every constant says where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark.paper.plan import Point
+from benchmark.paper.run import Job, Workspace
+
+# Toy: seconds on one core of a busy machine. Measured: a step of the nano policies with their judges, the judge
+# server's share included; drawing and FID of 1,536 samples. The rest is estimated from these.
+TOY_SECONDS_PER_STEP = {"gpt_nano": 4.2, "gpt_nano_t2i": 4.6, "gpt_small": 8.0}
+TOY_SECONDS_OTHERWISE = 6.0
+TOY_SECONDS_START = 12.0
+TOY_SECONDS = {"samples": 30.0, "fid": 12.0, "toy": 35.0, "entropy": 20.0, "geneval": 12.0, "drawbench": 30.0}
+TOY_MEGABYTES = {"run": 25.0, "point": 6.0}
+
+# Full: GPU hours. VA-pi (Liao et al., CVPR 2026), Table 2, gives 149 minutes for AR-GRPO on LlamaGen-XL at 384 px, and
+# names 8 A100 for its own runs: 19.9 GPU hours for 100 steps. Every policy is counted like that one, an upper bound
+# for the smaller ones.
+FULL_HOURS_PER_STEP = 149 / 60 * 8 / 100
+FULL_SECONDS_PER_CODE = 0.02  # a decoding step of a batch of 50, assumed
+FULL_HOURS = {"entropy": 0.2, "geneval": 1.0, "drawbench": 3.0, "toy": 0.0, "fid": 0.5}  # assumed
+FULL_GIGABYTES = {"c2i": 15.0, "t2i": 18.0}  # of a run: four checkpoints and the end, float32
+FULL_SAMPLES = 50_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Core seconds at toy scale, GPU seconds at full scale; and bytes that stay on disk."""
+
+    seconds: float = 0.0
+    num_bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.num_bytes + other.num_bytes)
+
+
+def cost_of(workspace: Workspace, job: Job) -> Cost:
+    """What is left to do of a job."""
+    toy = workspace.scale.name == "toy"
+    cost = Cost()
+    if job.trained and not workspace.is_trained(job.run):
+        steps = job.run.steps - workspace.steps_done(job.run)
+        if toy:
+            per_step = TOY_SECONDS_PER_STEP.get(Path(job.run.policy).name, TOY_SECONDS_OTHERWISE)
+            cost += Cost(TOY_SECONDS_START + steps * per_step, TOY_MEGABYTES["run"] * 1e6)
+        else:
+            cost += Cost(steps * FULL_HOURS_PER_STEP * 3600, FULL_GIGABYTES[job.run.task] * 1e9)
+    for point, groups in job.needs.items():
+        missing = [group for group in groups if workspace.known(job.run, point, group) is None]
+        cost += _measuring(workspace, job, point, missing)
+    return cost
+
+
+def in_words(workspace: Workspace, cost: Cost, parallel: int) -> str:
+    """A cost for a reader."""
+    if workspace.scale.name == "toy":
+        minutes = cost.seconds / 60
+        return (
+            f"{minutes:.0f} core minutes, about {minutes / parallel:.0f} minutes with {parallel} at a time on idle "
+            f"cores; {cost.num_bytes / 1e9:.2f} GB of disk. Estimated from seconds measured on one core "
+            "(benchmark/paper/costs.py)"
+        )
+    return (
+        f"about {cost.seconds / 3600:.0f} GPU hours (A100, 80 GB); {cost.num_bytes / 1e9:.0f} GB of disk that "
+        "stay, and 10 GB of samples of a point while it is measured.\nEstimated: every 100 steps are counted as the "
+        "149 minutes on 8 GPUs that VA-pi's Table 2 gives for LlamaGen-XL at 384 px, an upper bound for the others "
+        "(benchmark/paper/costs.py)"
+    )
+
+
+def _measuring(workspace: Workspace, job: Job, point: Point, missing: list[str]) -> Cost:
+    if not missing:
+        return Cost()
+    drawn = bool({"samples", "fid", "toy", "geneval"} & {*missing})
+    drawn = drawn and workspace.known(job.run, point, "samples") is None
+    if workspace.scale.name == "toy":
+        seconds = sum(TOY_SECONDS[group] for group in missing if group != "samples") + drawn * TOY_SECONDS["samples"]
+        return Cost(seconds, TOY_MEGABYTES["point"] * 1e6)
+    hours = sum(FULL_HOURS.get(group, 0.0) for group in missing)
+    codes = (job.run.settings.get("image_size", 256) // 16) ** 2
+    if drawn and job.run.task == "c2i":
+        hours += FULL_SAMPLES / 50 * codes * FULL_SECONDS_PER_CODE / 3600
+    return Cost(hours * 3600, 0.0)
