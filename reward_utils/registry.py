@@ -24,6 +24,7 @@ SCORERS = {
     "unified_reward": "reward_utils.unified_reward:UnifiedRewardScorer",
     "geneval": "reward_utils.geneval:GenevalScorer",
     "ocr": "reward_utils.ocr:OcrScorer",
+    "toy_geneval": "toy.geneval:ToyGenEvalScorer",
 }
 
 

@@ -22,12 +22,15 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
 
 from reward_utils.images import from_png
 from reward_utils.judge_prompts import IMAGE, QUESTIONS
-from toy.judge_eye import View, look
+from toy.judge_eye import View, look, look_around
+from toy.judge_reading import Request, agreement, read_request
 from toy.world import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ HOST = "127.0.0.1"  # nobody else has a use for it
 MAX_REQUEST_BYTES = 4 * 2**20
 MAX_SIDE = 512  # of a picture, in pixels
 SOCKET_TIMEOUT_S = 60.0  # of one read
+NOTHING = {"description": "A plain background.", "score": 0.0, "explanation": "There is no object to be seen."}
 PASSES = 0.5  # a quality below this is a flaw to the two yes/no questions
 
 
@@ -91,7 +95,7 @@ def answer(request: object) -> dict:
         raise ValueError("neither streams nor several answers at once: leave out stream and n")
     text, png = _read_message(request.get("messages"))
     name, prompt = _recognise(text)
-    content = f"```json\n{json.dumps(judge(name, prompt, _look_at(png)), indent=2)}\n```"
+    content = f"```json\n{json.dumps(judge(name, prompt, png), indent=2)}\n```"
     return {
         "id": "chatcmpl-toy",
         "object": "chat.completion",
@@ -101,16 +105,22 @@ def answer(request: object) -> dict:
     }
 
 
-def judge(question: str, prompt: str, view: View) -> dict[str, str | float]:
+def judge(question: str, prompt: str, png: bytes) -> dict[str, str | float]:
     """The answer to one question, with the keys that the paper asks for.
 
     Args:
         question: a key of `QUESTIONS`. `label`: five aspects of 0 to 1 each, summed. `fake` and `weird`: 1 if no
             flaw is found, 0 otherwise; the first looks at the quality of the picture, the second at what it shows.
-        prompt: what was asked for; read by `label` alone.
+            Both expect one object.
+        prompt: what was asked for; read by `label` alone, which looks for several objects if it names several.
+        png: the picture.
     """
     if question == "label":
-        return _judge_label(prompt, view)
+        request = read_request(prompt)
+        if len(request.objects) > 1:
+            return _judge_several(request, _look_around(png))
+        return _judge_one(prompt, _look_at(png))
+    view = _look_at(png)
     flaws = {
         "fake": (view.sharp, view.clean, view.even, view.vivid),
         "weird": (view.regular, view.alone, view.sized, view.even),
@@ -118,23 +128,40 @@ def judge(question: str, prompt: str, view: View) -> dict[str, str | float]:
     return {"score": int(view.area > 0 and min(flaws) >= PASSES)}
 
 
-def _judge_label(prompt: str, view: View) -> dict[str, str | float]:
+def _judge_one(prompt: str, view: View) -> dict[str, str | float]:
     if not view.area:
-        return {"description": "A plain background.", "score": 0.0, "explanation": "There is no object to be seen."}
+        return NOTHING
+    return _label_answer(f"The image shows {_describe(view)}.", _match(prompt, view), [view])
+
+
+def _judge_several(request: Request, views: list[View]) -> dict[str, str | float]:
+    if not views:
+        return NOTHING
+    description = f"The image shows {'; '.join(_describe(view) for view in views)}."
+    return _label_answer(description, agreement(request, views), views)
+
+
+def _label_answer(description: str, match: float, views: list[View]) -> dict[str, str | float]:
+    """The five aspects, those of quality as the mean over the objects."""
+
+    def mean(quality: Callable[[View], float]) -> float:
+        return sum(map(quality, views)) / len(views)
+
     aspects = {
-        "shows what the prompt names": _match(prompt, view),
-        "complete": view.regular * view.sized,
-        "reasonable": (view.alone + view.even) / 2,
-        "clear and bright": (view.sharp + view.vivid) / 2,
-        "without noise or artifacts": view.clean,
+        "shows what the prompt names": match,
+        "complete": mean(lambda view: view.regular * view.sized),
+        "reasonable": mean(lambda view: (view.alone + view.even) / 2),
+        "clear and bright": mean(lambda view: (view.sharp + view.vivid) / 2),
+        "without noise or artifacts": mean(lambda view: view.clean),
     }
     score = round(sum(aspects.values()), 3)
-    described = f"a {view.colour} object" if view.colour else "an object of no clear colour"
-    return {
-        "description": f"The image shows {described}, most likely a {view.shape}, on {view.area:.0%} of the picture.",
-        "score": score,
-        "explanation": ", ".join(f"{name}: {value:.2f}" for name, value in aspects.items()) + f". Total {score:g}.",
-    }
+    explanation = ", ".join(f"{name}: {value:.2f}" for name, value in aspects.items()) + f". Total {score:g}."
+    return {"description": description, "score": score, "explanation": explanation}
+
+
+def _describe(view: View) -> str:
+    coloured = f"a {view.colour} object" if view.colour else "an object of no clear colour"
+    return f"{coloured}, most likely a {view.shape}, on {view.area:.0%} of the picture"
 
 
 def _match(prompt: str, view: View) -> float:
@@ -182,10 +209,19 @@ def _patterns() -> dict[str, re.Pattern]:
 
 @functools.lru_cache(maxsize=1024)  # three questions about each picture of a batch
 def _look_at(png: bytes) -> View:
+    return look(_read_picture(png))
+
+
+@functools.lru_cache(maxsize=1024)
+def _look_around(png: bytes) -> list[View]:
+    return look_around(_read_picture(png))
+
+
+def _read_picture(png: bytes) -> np.ndarray:
     image = from_png([png])[0]
     if image.shape[1] != image.shape[2] or not 8 <= image.shape[1] <= MAX_SIDE:
         raise ValueError(f"the picture is {image.shape[2]} x {image.shape[1]}: expected a square of 8 to {MAX_SIDE}")
-    return look(image.numpy())
+    return image.numpy()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from toy import checker, world
+from benchmark.geneval.scoring import TASKS
+from toy import captions, checker, geneval, world
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
+    from benchmark.geneval.scoring import Summary
     from llamagen.modeling import LlamaGenForCausalLM
+    from llamagen.text import CaptionEncoder
     from llamagen.vq import VQModel
 
 # Pixel rule of the toy CLIP: the constants of the released CLIP, so that its image processor is the ordinary one.
@@ -52,6 +55,25 @@ def measure_reconstruction(vq: VQModel, num: int = 512, seed: int = HELD_OUT_SEE
     )
 
 
+def measure_scene_reconstruction(vq: VQModel, num: int = 512, seed: int = HELD_OUT_SEED) -> Reconstruction:
+    """The same on captioned scenes, whose accuracies are overall GenEval scores."""
+    prompts, images = draw_scenes(num, seed)
+    codes = encode(vq, images)
+    decoded = vq.decode(codes).numpy()
+    return Reconstruction(
+        l1=float(np.abs(decoded - images).mean()),
+        accuracy=geneval.score_pictures(prompts, decoded).overall,
+        drawn_accuracy=geneval.score_pictures(prompts, images).overall,
+        codes_used=len(codes.unique()),
+    )
+
+
+def draw_scenes(num: int, seed: int = HELD_OUT_SEED) -> tuple[list[dict], np.ndarray]:
+    """Prompts that a policy is measured on, equally many of every task, and a picture of each [N, 3, S, S]."""
+    prompts = captions.prompt_rows({task: captions.measured_prompts(task) for task in TASKS}, seed, num // len(TASKS))
+    return prompts, world.render(captions.prompt_scenes(prompts, np.random.default_rng(seed)))
+
+
 def encode(vq: VQModel, images: np.ndarray) -> Tensor:
     """Codes [B, T] of images [B, 3, S, S] in [0, 1]."""
     return vq.encode(torch.from_numpy(images) * 2 - 1)
@@ -70,6 +92,87 @@ def code_cross_entropy(policy: LlamaGenForCausalLM, sequences: Tensor) -> Tensor
     """Mean cross-entropy in nats of the codes in [label | codes], int64 [B, 1 + T]."""
     logits = policy(input_ids=sequences[:, :-1]).logits  # [B, T, V]: position t predicts code t
     return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+
+
+def caption_cross_entropy(
+    policy: LlamaGenForCausalLM,
+    input_ids: Tensor,
+    mask: Tensor,
+    embeds: Tensor,
+    codes: Tensor,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy in nats of codes int64 [B, T] given captions.
+
+    Args:
+        input_ids, mask: of the captions, [B, P].
+        embeds: their features [B, P, E].
+        dropped: bool [B], captions that give way to the null condition.
+    """
+    T = codes.shape[1]
+    logits = policy(
+        input_ids=torch.cat([input_ids, codes[:, :-1]], dim=1),
+        attention_mask=mask,
+        caption_embeds=embeds,
+        condition_dropped=dropped,
+        logits_to_keep=T,
+    ).logits  # [B, T, V]
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
+@torch.no_grad()
+def measure_caption_cross_entropy(
+    policy: LlamaGenForCausalLM, vq: VQModel, encoder: CaptionEncoder, num: int = 480, seed: int = HELD_OUT_SEED
+) -> float:
+    """Nats per code of fresh pictures, given their captions."""
+    prompts, images = draw_scenes(num, seed)
+    input_ids, mask = encoder.tokenize([prompt["prompt"] for prompt in prompts])
+    inputs = (input_ids, mask, encoder.encode_ids(input_ids, mask), encode(vq, images))
+    losses = [
+        caption_cross_entropy(policy, *chunks).item() * len(chunks[0])
+        for chunks in zip(*(tensor.split(128) for tensor in inputs))
+    ]
+    return sum(losses) / len(prompts)
+
+
+def measure_geneval(
+    policy: LlamaGenForCausalLM,
+    vq: VQModel,
+    encoder: CaptionEncoder,
+    num: int = 576,
+    guidance_scale: float = 2.0,
+    seed: int = 0,
+) -> Summary:
+    """GenEval's scores of `num` samples, equally many of every task, for prompts that no policy is trained on."""
+    rows = {task: captions.measured_prompts(task) for task in TASKS}
+    prompts = captions.prompt_rows(rows, seed, num // len(TASKS))
+    images = sample_caption_images(policy, vq, encoder, [p["prompt"] for p in prompts], guidance_scale, seed)
+    return geneval.score_pictures(prompts, images)
+
+
+@torch.no_grad()
+def sample_caption_images(
+    policy: LlamaGenForCausalLM,
+    vq: VQModel,
+    encoder: CaptionEncoder,
+    texts: list[str],
+    guidance_scale: float = 2.0,
+    seed: int = 0,
+) -> Tensor:
+    """Pictures [B, 3, S, S] in [0, 1] that a policy draws for B captions."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for start in range(0, len(texts), 128):
+        input_ids, mask = encoder.tokenize(texts[start : start + 128])  # [b, P] each
+        sequences = policy.generate(
+            input_ids,
+            attention_mask=mask,
+            caption_embeds=encoder.encode_ids(input_ids, mask),
+            guidance_scale=guidance_scale,
+            generator=generator,
+        )
+        images.append(vq.decode(sequences[:, input_ids.shape[1] :]))
+    return torch.cat(images)
 
 
 @torch.no_grad()

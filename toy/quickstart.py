@@ -1,10 +1,10 @@
 """Train in the toy world, measure before and after, and leave pictures, numbers and a report.
 
-    python -m toy.quickstart [--config configs/toy_c2i_judges.yaml] [--output_dir runs/quickstart]
-                             [any option of train_c2i.py]
+    python -m toy.quickstart [--task c2i] [--config FILE] [--output_dir DIR] [any option of train_c2i.py]
+    python -m toy.quickstart  --task t2i  [--config FILE] [--output_dir DIR] [any option of train_t2i.py]
 
-The training itself is `train_c2i.py`, started as a user would start it. The judge server is started before and stopped
-afterwards, if the configuration asks for one; `--config configs/toy_c2i.yaml` trains with CLIP alone.
+The training itself is the task's script, started as a user would start it. The judge server is started before and
+stopped afterwards, if the configuration asks for one; `--config configs/toy_c2i.yaml` trains with CLIP alone.
 """
 
 from __future__ import annotations
@@ -17,29 +17,123 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmark.report import plot_curves, write_report
+from dataset.captions import load_metadata
 from dataset.labels import class_caption
 from img_gen_grpo_rewards import RewardArguments, RewardSuite, build_rewards
-from llamagen import LlamaGenForCausalLM, VQModel
+from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor, VQModel
 from llamagen.grids import labelled_grid, save_png
+from llamagen.text import CaptionEncoder
+from llamagen.text_store import load_text_encoder
 from toy import checker, world
+from toy.geneval import judge_picture
 from toy.judge_server import running_judge_server
 
-CONFIG = Path("configs/toy_c2i_judges.yaml")
 SAMPLES_PER_CLASS = 64  # 1,536 in all: a standard error of 1 point at 80 %
-SHOWN_CLASSES = 6  # rows of the before-and-after picture
+SAMPLES_PER_PROMPT = 8  # 1,152 in all, 192 for each of GenEval's tasks
+GENEVAL_PROMPTS = Path("toy/geneval_metadata.jsonl")
+SHOWN_ROWS = 6  # classes or prompts in the before-and-after picture
 SHOWN_SAMPLES = 8
 MEASURE_BATCH = 128
 MEASURE_SEED = 1234  # noise of the measured samples, the same before and after
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the two tasks differ in.
+
+    Attributes:
+        script, config, output_dir: of the training.
+        claim: what the checker finds, for the last line.
+        load: called with the configuration, gives what is measured.
+    """
+
+    script: str
+    config: Path
+    output_dir: Path
+    claim: str
+    load: Callable[[dict], Questions]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What fresh samples are asked to show; `num_samples` in a row of each question.
+
+    Attributes:
+        prompts: what the policy is given.
+        captions: what rewards compare with.
+        kinds: of each question; the truth is the mean over kinds of their shares of right samples.
+        num_samples: of each question.
+        right: (number of the question, image float [3, S, S]) -> whether the checker finds in it what was asked for.
+        text_encoder: of a text policy.
+    """
+
+    prompts: list[str]
+    captions: list[str]
+    kinds: list[str]
+    num_samples: int
+    right: Callable[[int, np.ndarray], bool]
+    text_encoder: CaptionEncoder | None = None
+
+    def of_samples(self, values: list) -> list:
+        """One value for each sample instead of each question."""
+        return [value for value in values for _ in range(self.num_samples)]
+
+
+def class_questions(settings: dict) -> Questions:
+    """The classes of the drawn world."""
+    labels = range(len(world.CLASS_NAMES))
+    return Questions(
+        prompts=[str(label) for label in labels],
+        captions=[class_caption(world.CLASS_NAMES[label]) for label in labels],
+        kinds=["class"] * len(labels),
+        num_samples=SAMPLES_PER_CLASS,
+        right=lambda label, image: bool(checker.check_class(image[None], [label])[0]),
+    )
+
+
+def caption_questions(settings: dict) -> Questions:
+    """The prompts of `GENEVAL_PROMPTS`, through the text encoder that the configuration names."""
+    metadata = load_metadata(GENEVAL_PROMPTS)
+    captions = [row["prompt"] for row in metadata]
+    policy_config = LlamaGenConfig.from_pretrained(settings["model_name_or_path"])
+    return Questions(
+        prompts=captions,
+        captions=captions,
+        kinds=[row["tag"] for row in metadata],
+        num_samples=SAMPLES_PER_PROMPT,
+        right=lambda number, image: judge_picture(metadata[number], image)[0],
+        text_encoder=load_text_encoder(policy_config, settings["text_encoder"]),
+    )
+
+
+TASKS = {
+    "c2i": Task(
+        script="train_c2i.py",
+        config=Path("configs/toy_c2i_judges.yaml"),
+        output_dir=Path("runs/quickstart"),
+        claim="right shape and colour in",
+        load=class_questions,
+    ),
+    "t2i": Task(
+        script="train_t2i.py",
+        config=Path("configs/toy_t2i.yaml"),
+        output_dir=Path("runs/quickstart_t2i"),
+        claim="what the caption asks for, by GenEval's rules, in",
+        load=caption_questions,
+    ),
+}
 
 
 @dataclass
@@ -48,39 +142,51 @@ class Measurement:
 
     Attributes:
         reward: mean total reward, what training saw.
-        truth: share of samples in which the checker finds the right shape and colour; no reward uses it.
+        right: bool [N], samples in which the checker finds what was asked for; no reward uses it.
+        scores: share of right samples of each kind of question.
         entropy: mean token entropy of the guided policy in nats.
-        images: [N, 3, S, S] in [0, 1], `SAMPLES_PER_CLASS` of each class in a row.
+        images: [N, 3, S, S] in [0, 1], those of one question in a row.
     """
 
     reward: float
-    truth: float
+    right: np.ndarray
+    scores: dict[str, float]
     entropy: float
     images: Tensor
 
     @property
+    def truth(self) -> float:
+        """The unweighted mean over the kinds of questions."""
+        return sum(self.scores.values()) / len(self.scores)
+
+    @property
     def truth_error(self) -> float:
-        """Standard error of `truth`."""
-        return math.sqrt(self.truth * (1 - self.truth) / len(self.images))
+        """Standard error of `truth`; every kind has as many samples."""
+        samples = len(self.images) / len(self.scores)
+        return math.sqrt(sum(share * (1 - share) / samples for share in self.scores.values())) / len(self.scores)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--task", choices=TASKS, default="c2i", help="class- or text-to-image")
+    parser.add_argument("--config", type=Path, help="of the training; without it the task's own")
+    parser.add_argument("--output_dir", type=Path, help="without it runs/quickstart, or runs/quickstart_t2i")
     parser.add_argument(
         "--seconds_install", type=float, default=0.0, help="what the installation took, for the summary"
     )
     options, overrides = parser.parse_known_args()
+    task = TASKS[options.task]
+    options.config = options.config or task.config
+    options.output_dir = options.output_dir or task.output_dir
     settings = yaml.safe_load(options.config.read_text())
     if settings.get("qwen_mode") == "server":
         with running_judge_server() as url:
-            run({**settings, "qwen_url": url}, options, ["--qwen_url", url, *overrides])
+            run(task, {**settings, "qwen_url": url}, options, ["--qwen_url", url, *overrides])
     else:
-        run(settings, options, overrides)
+        run(task, settings, options, overrides)
 
 
-def run(settings: dict, options: argparse.Namespace, overrides: list[str]) -> None:
+def run(task: Task, settings: dict, options: argparse.Namespace, overrides: list[str]) -> None:
     """Measure, train, measure again and write it all down."""
     output_dir = options.output_dir
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,15 +194,17 @@ def run(settings: dict, options: argparse.Namespace, overrides: list[str]) -> No
     known = {field.name for field in dataclasses.fields(RewardArguments)}
     judges = RewardArguments(**{name: value for name, value in settings.items() if name in known})
     rewards = build_rewards(weights=settings.get("reward_weights"), device=device, arguments=judges)
+    questions = task.load(settings)
 
-    before = measure(settings["model_name_or_path"], vq, rewards, settings["guidance_scale"], "before training")
+    before = measure(settings["model_name_or_path"], vq, rewards, questions, settings["guidance_scale"], "before")
     started = time.perf_counter()
-    train(options.config, output_dir, overrides)
+    train(task.script, options.config, output_dir, overrides)
     seconds_train = time.perf_counter() - started
-    after = measure(output_dir / "final", vq, rewards, settings["guidance_scale"], "after training")
+    after = measure(output_dir / "final", vq, rewards, questions, settings["guidance_scale"], "after")
 
     log_history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     summary = {
+        "task": options.task,
         "reward_before": before.reward,
         "reward_after": after.reward,
         "truth_before": before.truth,
@@ -110,66 +218,80 @@ def run(settings: dict, options: argparse.Namespace, overrides: list[str]) -> No
         "seconds_install": options.seconds_install,
         "seconds_train": seconds_train,
     }
-    save_png(before_after(before, after), output_dir / "before_after.png")
+    if options.task == "t2i":
+        summary["geneval_before"] = {**before.scores, "overall": before.truth}
+        summary["geneval_after"] = {**after.scores, "overall": after.truth}
+    save_png(before_after(before, after, questions), output_dir / "before_after.png")
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curves(log_history, output_dir / "curves.png")
     write_report(output_dir)
-    sys.stdout.write(in_words(summary, output_dir) + "\n")
+    sys.stdout.write(in_words(summary, output_dir, task.claim) + "\n")
 
 
-def train(config: Path, output_dir: Path, overrides: list[str]) -> None:
-    """Run train_c2i.py, afresh: a quickstart that was done before is done again."""
+def train(script: str, config: Path, output_dir: Path, overrides: list[str]) -> None:
+    """Run a training script, afresh: a quickstart that was done before is done again."""
     for old in output_dir.glob("checkpoint-*"):
         shutil.rmtree(old)
     for old in [*output_dir.glob("samples/step-*.png"), *output_dir.glob("runs/*/events.out.*")]:
         old.unlink()
-    command = [sys.executable, "train_c2i.py", "--config", str(config), "--output_dir", str(output_dir), *overrides]
+    command = [sys.executable, script, "--config", str(config), "--output_dir", str(output_dir), *overrides]
     subprocess.run(command, check=True)
 
 
 @torch.no_grad()
 def measure(
-    policy_path: str | Path, vq: VQModel, rewards: RewardSuite, guidance_scale: float, description: str
+    policy_path: str | Path,
+    vq: VQModel,
+    rewards: RewardSuite,
+    questions: Questions,
+    guidance_scale: float,
+    when: str,
 ) -> Measurement:
-    """Draw `SAMPLES_PER_CLASS` fresh samples of every class and measure them."""
+    """Draw fresh samples of every question and measure them."""
     policy = LlamaGenForCausalLM.from_pretrained(policy_path).to(vq.device).eval()
+    processor = LlamaGenProcessor(policy.config, vq, questions.text_encoder)
+    P = policy.config.cls_token_num
     images, entropies = [], []
-    wanted = torch.arange(len(world.CLASS_NAMES), device=vq.device).repeat_interleave(SAMPLES_PER_CLASS)[:, None]
+    wanted = torch.tensor(questions.of_samples(processor(questions.prompts)["input_ids"]), device=vq.device)  # [N, P]
     noise = torch.Generator(vq.device).manual_seed(MEASURE_SEED)
-    for labels in tqdm(wanted.split(MEASURE_BATCH), desc=f"sampling {description}", unit="batch"):
+    for input_ids in tqdm(wanted.split(MEASURE_BATCH), desc=f"sampling {when} training", unit="batch"):
+        condition = processor.condition(input_ids)
         with torch.autocast(vq.device.type, dtype=torch.bfloat16, enabled=vq.device.type == "cuda"):
-            sequences = policy.generate(labels, guidance_scale=guidance_scale, generator=noise)
-            logits = policy(sequences[:, :-1], guidance_scale=guidance_scale).logits  # [B, T, V]
+            sequences = policy.generate(input_ids, **condition, guidance_scale=guidance_scale, generator=noise)
+            logits = policy(sequences[:, :-1], **condition, guidance_scale=guidance_scale).logits[:, P - 1 :]
         entropies.append(torch.distributions.Categorical(logits=logits).entropy().mean().item())
-        images.append(vq.decode(sequences[:, 1:]))
+        images.append(vq.decode(sequences[:, P:]))
     images = torch.cat(images)
-    labels = np.repeat(np.arange(len(world.CLASS_NAMES)), SAMPLES_PER_CLASS)
+    numbers, kinds = questions.of_samples(list(range(len(questions.prompts)))), questions.of_samples(questions.kinds)
+    right = np.array([questions.right(*pair) for pair in zip(numbers, images.cpu().numpy())])
     return Measurement(
-        reward=_mean_reward(rewards, images, [class_caption(world.CLASS_NAMES[label]) for label in labels]),
-        truth=float(checker.check_class(images.cpu().numpy(), labels).mean()),
+        reward=_mean_reward(rewards, images, questions.of_samples(questions.captions)),
+        right=right,
+        scores={kind: float(right[np.array(kinds) == kind].mean()) for kind in dict.fromkeys(kinds)},
         entropy=sum(entropies) / len(entropies),
         images=images.cpu(),
     )
 
 
-def before_after(before: Measurement, after: Measurement):
-    """Samples of some classes side by side; "wrong" is written under what the checker does not recognise."""
+def before_after(before: Measurement, after: Measurement, questions: Questions) -> Image:
+    """Samples of some questions side by side; "wrong" is written under what the checker does not recognise."""
     rows, titles, captions = [], [], []
-    for label in range(0, len(world.CLASS_NAMES), len(world.CLASS_NAMES) // SHOWN_CLASSES):
+    for number in range(0, len(questions.captions), len(questions.captions) // SHOWN_ROWS):
+        first = number * questions.num_samples
+        shown = slice(first, first + min(SHOWN_SAMPLES, questions.num_samples))
         for when, measured in (("before", before), ("after", after)):
-            images = measured.images[label * SAMPLES_PER_CLASS :][:SHOWN_SAMPLES]
-            right = checker.check_class(images.numpy(), np.full(len(images), label))
-            rows.append(images)
-            titles.append(f"{world.CLASS_NAMES[label]}, {when}: {int(right.sum())} of {len(images)} right")
+            right = measured.right[shown]
+            rows.append(measured.images[shown])
+            titles.append(f"{questions.captions[number]}, {when}: {int(right.sum())} of {len(right)} right")
             captions.extend("" if ok else "wrong" for ok in right)
     return labelled_grid(torch.cat(rows), titles, captions)
 
 
-def in_words(summary: dict[str, float], output_dir: Path) -> str:
+def in_words(summary: dict[str, float], output_dir: Path, claim: str = TASKS["c2i"].claim) -> str:
     """The line a person reads last."""
     gain = summary["truth_after"] - summary["truth_before"]
     return (
-        f"GRPO, {summary['steps']} steps in {summary['seconds_train']:.0f} s: right shape and colour in "
+        f"GRPO, {summary['steps']} steps in {summary['seconds_train']:.0f} s: {claim} "
         f"{summary['truth_before']:.1%} of {summary['truth_samples']} fresh samples before and "
         f"{summary['truth_after']:.1%} after ({gain * 100:+.1f} points, "
         f"{gain / max(summary['truth_standard_error'], 1e-9):.1f} standard errors; the checker is no reward), reward "
@@ -178,14 +300,7 @@ def in_words(summary: dict[str, float], output_dir: Path) -> str:
 
 
 def _mean_reward(rewards: RewardSuite, images: Tensor, captions: list[str]) -> float:
-    raw = rewards.score(images, captions)
-    totals = [
-        sum(
-            weight * function.transform(raw[function.scorer.name][row])
-            for function, weight in zip(rewards, rewards.weights)
-        )
-        for row in range(len(images))
-    ]
+    totals = rewards.totals(rewards.score(images, captions))
     return sum(totals) / len(totals)
 
 

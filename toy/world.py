@@ -148,6 +148,18 @@ def coverage(
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
 
 
+def bounding_box(obj: SceneObject) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of an object's outline, fractions of the image side."""
+    x, y = obj.centre
+    cos, sin = math.cos(obj.angle) * obj.size, math.sin(obj.angle) * obj.size
+    corners = SHAPES[obj.shape].corners
+    if not corners:
+        return x - obj.size, y - obj.size, x + obj.size, y + obj.size
+    xs = [x + u * cos - v * sin for u, v in corners]
+    ys = [y + v * cos + u * sin for u, v in corners]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
 def pixel_grid(image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of every pixel's centre, float32 [S, S] each, in (0, 1)."""
     middle = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
@@ -162,11 +174,13 @@ class Shape:
         distance: (x [N], y [N]) -> signed distance [N] to the outline, negative inside.
         reach: radius of the circumscribed circle around the centroid, which is the origin.
         symmetry: number of rotations that leave the shape as it is; 0 for a circle.
+        corners: [(x, y), ...] of a polygon; none for a circle.
     """
 
     distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
     reach: float
     symmetry: int
+    corners: tuple[tuple[float, float], ...] = ()
 
 
 def _circle_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -193,7 +207,7 @@ def _polygon(corners: Sequence[tuple[float, float]], symmetry: int) -> Shape:
                 inside ^= ((ay > y) != (by > y)) & (px < ex * py / ey)
         return np.where(inside, -1.0, 1.0) * np.sqrt(nearest)
 
-    return Shape(distance, float(np.hypot(*points.T).max()), symmetry)
+    return Shape(distance, float(np.hypot(*points.T).max()), symmetry, tuple(map(tuple, points.tolist())))
 
 
 def _star_corners(points: int, inner: float) -> list[tuple[float, float]]:
