@@ -275,7 +275,9 @@ def test_the_recipes_run(tmp_path, monkeypatch):
         whole = getattr(measure, name)
         monkeypatch.setattr(measure, name, lambda *args, whole=whole, **rest: whole(*args, **{**rest, **small}))
     monkeypatch.setattr(make, "VQ_T2I_PHASE", dataclasses.replace(make.VQ_T2I_PHASE, steps=2, batch_size=2))
-    recipe = dataclasses.replace(make.POLICIES["gpt_nano_t2i"], steps=2, batch_size=4, hidden_size=32)
+    recipe = dataclasses.replace(
+        make.POLICIES["gpt_nano_t2i"], cycles=((1, 1e-3), (1, 1e-3)), batch_size=4, hidden_size=32
+    )
     monkeypatch.setitem(make.POLICIES, "gpt_nano_t2i", recipe)
     (tmp_path / "vq").symlink_to(WEIGHTS / "vq")
     for name in ("vq_t2i", "gpt_nano_t2i"):

@@ -93,16 +93,14 @@ WARMUP_STEPS = 30
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """Size and training length of one policy: each cycle has its own pictures and its own cosine of `steps` steps."""
+    """Size and training length of one policy: each cycle (steps, peak rate) has its own pictures and its own cosine."""
 
     task: str
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    cycles: int
-    steps: int
+    cycles: tuple[tuple[int, float], ...]
     batch_size: int
-    learning_rate: float
 
     def config(self, vocab_size: int) -> LlamaGenConfig:
         """The policy's configuration for a tokenizer with that many codes."""
@@ -122,9 +120,11 @@ class PolicyRecipe:
 
 
 POLICIES = {
-    "gpt_nano": PolicyRecipe("c2i", 128, 4, 4, cycles=2, steps=1300, batch_size=64, learning_rate=2.5e-3),
-    "gpt_small": PolicyRecipe("c2i", 192, 6, 6, cycles=1, steps=1400, batch_size=64, learning_rate=2e-3),
-    "gpt_nano_t2i": PolicyRecipe("t2i", 128, 5, 4, cycles=1, steps=5300, batch_size=48, learning_rate=2.2e-3),
+    "gpt_nano": PolicyRecipe("c2i", 128, 4, 4, cycles=((1300, 2.5e-3), (1300, 2.5e-3)), batch_size=64),
+    "gpt_small": PolicyRecipe("c2i", 192, 6, 6, cycles=((1400, 2e-3), (700, 1.2e-3)), batch_size=64),
+    "gpt_nano_t2i": PolicyRecipe(
+        "t2i", 128, 5, 4, cycles=((1500, 2.2e-3), (2000, 2.2e-3), (2600, 2e-3)), batch_size=48
+    ),
 }
 MODELS = ("vq", "vq_t2i", *POLICIES, "clip", "hpsv2")
 
@@ -149,7 +149,11 @@ EXPECTED: dict[str, dict[str, float]] = {
         "position": 0.01,
         "color_attr": 0.00,
     },
-    "gpt_small": {},
+    "gpt_small": {
+        "cross_entropy": 1.109,
+        "checker_accuracy_guidance_1": 0.760,
+        "checker_accuracy_guidance_2": 0.877,
+    },
     "clip": {"zero_shot_drawn": 0.941, "zero_shot_decoded": 0.896},
     "hpsv2": {"preferred_drawn": 0.997, "preferred_decoded": 0.945},
 }
@@ -289,7 +293,7 @@ def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> d
     rng = np.random.default_rng([seed, 1])
     torch.manual_seed(seed)
     policy = LlamaGenForCausalLM(recipe.config(vq.config.codebook_size)).train()
-    for cycle in range(1, recipe.cycles + 1):
+    for number, cycle in enumerate(recipe.cycles, start=1):
         sequences = _code_pool(vq, POOL_SIZE, rng)  # [N, 1 + T]
 
         def batch_loss(sequences: Tensor = sequences) -> Tensor:
@@ -297,7 +301,7 @@ def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> d
             batch[torch.rand(len(batch)) < CONDITION_DROPOUT, 0] = policy.config.num_classes
             return measure.code_cross_entropy(policy, batch)
 
-        _train_policy(policy, recipe, batch_loss, f"{folder.name}, cycle {cycle}")
+        _train_policy(policy, cycle, batch_loss, f"{folder.name}, cycle {number}")
     policy.eval()
     policy.save_pretrained(folder)
     halve(folder)
@@ -325,8 +329,8 @@ def make_text_policy(folder: Path, t5_folder: Path, seed: int, recipe: PolicyRec
         embeds = text.features(t5, input_ids, mask)  # [B, P, E]
         return measure.caption_cross_entropy(policy, input_ids, mask, embeds, codes, dropped)
 
-    for cycle in range(1, recipe.cycles + 1):
-        _train_policy(nn.ModuleList([policy, t5]), recipe, batch_loss, f"{folder.name}, cycle {cycle}")
+    for number, cycle in enumerate(recipe.cycles, start=1):
+        _train_policy(nn.ModuleList([policy, t5]), cycle, batch_loss, f"{folder.name}, cycle {number}")
     for model, place in ((policy, folder), (t5, t5_folder)):
         model.eval()
         model.save_pretrained(place)
@@ -341,14 +345,14 @@ def make_text_policy(folder: Path, t5_folder: Path, seed: int, recipe: PolicyRec
     }
 
 
-def _train_policy(trained: nn.Module, recipe: PolicyRecipe, batch_loss: Callable[[], Tensor], name: str) -> None:
-    """One cycle on the losses of random batches."""
+def _train_policy(trained: nn.Module, cycle: tuple[int, float], batch_loss: Callable[[], Tensor], name: str) -> None:
+    """One cycle (steps, peak rate) on the losses of random batches."""
     matrices = [p for p in trained.parameters() if p.ndim >= 2]
     vectors = [p for p in trained.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     running = None
-    for _, bar in _training_steps(name, recipe.steps, optimizer, recipe.learning_rate):
+    for _, bar in _training_steps(name, cycle[0], optimizer, cycle[1]):
         loss = batch_loss()
         _update(trained, optimizer, loss)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
