@@ -20,7 +20,7 @@ from reward_utils.arguments import ScorerArguments
 from reward_utils.images import ImageMemo, check_images
 from reward_utils.registry import SCORERS, build_scorers, unknown_name
 from reward_utils.remote import parse_remote
-from reward_utils.scorer import Scorer, check_prompts
+from reward_utils.scorer import Scorer, check_all, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -193,14 +193,7 @@ class RewardSuite(list):
         Raises:
             FileNotFoundError | ConnectionError: with everything that is missing, not only the first.
         """
-        problems: list[Exception] = []
-        for scorer in self.scorers.values():
-            try:
-                scorer.check()
-            except (FileNotFoundError, ConnectionError) as error:
-                problems.append(error)
-        if problems:
-            raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems)))
+        check_all(self.scorers.values())
 
     def load(self) -> None:
         """Load all weights, to host memory with `reward_offload`, else to their device."""

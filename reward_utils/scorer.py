@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, TypeVar
 
 import torch
@@ -85,8 +85,7 @@ class Scorer(ABC):
 
     def check(self) -> None:
         """Raise if a file is missing or a server does not answer; cheap, loads nothing."""
-        for network in self.networks:
-            network.check()
+        check_all(self.networks)
 
     def load(self) -> None:
         """Load the networks; otherwise the first call does it."""
@@ -197,6 +196,22 @@ class TextFeatures:
         while len(self._features) > self.limit:
             self._features.popitem(last=False)
         return torch.stack(rows)
+
+
+def check_all(parts: Iterable[Scorer | Network]) -> None:
+    """Call every part's `check`.
+
+    Raises:
+        FileNotFoundError | ConnectionError: with everything that is missing, not only the first.
+    """
+    problems: list[Exception] = []
+    for part in parts:
+        try:
+            part.check()
+        except (FileNotFoundError, ConnectionError) as error:
+            problems.append(error)
+    if problems:
+        raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems)))
 
 
 def unit(embeddings: Tensor) -> Tensor:
