@@ -372,11 +372,11 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         ratio = self.accelerator.gather(ratio)
         metrics["ratio/mean"].append(ratio.mean().item())
         metrics["ratio/std"].append(ratio.std().item())
-        window = self.args.steps_per_generation * self.num_iterations
-        if self._step % window < self.current_gradient_accumulation_steps:  # the policy is still the one that sampled
-            difference = self.accelerator.gather((replayed - inputs["sampling_per_token_logps"]).abs())
-            metrics["sampling/logp_difference"].append(difference.mean().item())
-            metrics["sampling/logp_difference/max"].append(difference.max().item())
+        # TRL scores a rollout again right after drawing it, unless the policy in the update is still the one that drew
+        rescored = replayed if old is None else old
+        difference = self.accelerator.gather((rescored - inputs["sampling_per_token_logps"]).abs())
+        metrics["sampling/logp_difference"].append(difference.mean().item())
+        metrics["sampling/logp_difference/max"].append(difference.max().item())
 
     @torch.no_grad()
     def _log_entropies(self, sequences: Tensor, condition_length: int) -> None:

@@ -149,6 +149,15 @@ def test_guided_log_probs_are_those_of_the_policy_that_sampled(tmp_path, guidanc
     assert metrics["ratio/mean"] == 1.0
 
 
+def test_the_difference_to_the_policy_that_sampled_is_logged_on_every_pass_over_its_rollouts(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, num_iterations=3, learning_rate=1e-2)
+    trainer.train()
+    steps = logged(trainer)
+    assert len(steps) == 3
+    assert all(row["sampling/logp_difference/max"] <= 1e-4 for row in steps)
+    assert steps[2]["ratio/std"] > 1e-3  # the policy has moved on by then
+
+
 def test_conditional_log_probs_are_not_those_of_the_policy_that_sampled_and_it_shows(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, guidance_scale=4.0, logps_guidance="conditional")
     trainer.train()
