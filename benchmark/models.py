@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from llamagen import LlamaGenConfig, LlamaGenForCausalLM, VQConfig, VQModel
+from llamagen import LlamaGenConfig, LlamaGenForCausalLM
 from llamagen.checkpoints import is_saved, where_to_get
 
 logger = logging.getLogger(__name__)
@@ -94,14 +94,6 @@ def find_tokenizer(vq_path: str | None, policy_path: Path, default: str) -> str:
     if not Path(path).exists():
         raise FileNotFoundError(where_to_get(path))
     return path
-
-
-def load_tokenizer(path: str | Path, vq_size: str = "VQ-16") -> VQModel:
-    """An image tokenizer from a folder of save_pretrained or an official file of the size `vq_size`."""
-    path = Path(path)
-    if (path / CONFIG_NAME).is_file():
-        return VQModel.from_pretrained(path).eval()
-    return VQModel.from_official(path, VQConfig.preset(vq_size)).eval()
 
 
 def tokenizer_of_run(policy_path: Path) -> str | None:

@@ -27,7 +27,7 @@ import transformers
 from PIL import Image
 
 from benchmark.archives import write_json
-from benchmark.models import arguments_of_run, find_policy, find_tokenizer, fingerprint, load_policy, load_tokenizer
+from benchmark.models import arguments_of_run, find_policy, find_tokenizer, fingerprint, load_policy
 from benchmark.sample_classes import (
     add_draw_arguments,
     add_model_arguments,
@@ -52,6 +52,7 @@ from llamagen.grids import save_png
 from llamagen.pixels import fid_samples
 from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, CaptionEncoder, encoder_identity
 from llamagen.text_store import StoredTextEncoder, load_text_encoder
+from llamagen.vq import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

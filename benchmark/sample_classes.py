@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmark.archives import ImageArchive, write_images, write_json
-from benchmark.models import BASE, FINAL, find_policy, find_tokenizer, fingerprint, load_policy, load_tokenizer
+from benchmark.models import BASE, FINAL, find_policy, find_tokenizer, fingerprint, load_policy
 from benchmark.sampling import (
     DrawSettings,
     Share,
@@ -44,7 +44,7 @@ from llamagen import LlamaGenForCausalLM, VQModel
 from llamagen.grids import save_png
 from llamagen.pixels import FID_SIZE, fid_samples
 from llamagen.sampling import check_sampling
-from llamagen.vq import VQ_PRESETS
+from llamagen.vq import VQ_PRESETS, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from benchmark.archives import write_json
 from benchmark.clusters import Estimate, cluster_means, estimate, estimate_text, paired_change
 from benchmark.drawbench.metrics import metric_of
 from benchmark.geneval.detections import file_digest, read_json_lines
+from benchmark.geneval.evaluate import pictures_of, prompt_folders
 from benchmark.sample_captions import METADATA_NAME, RECORD_NAME
 from benchmark.sampling import PATIENCE_S, POLL_S
 from dataset.captions import TEXT_COLUMNS
@@ -71,8 +72,8 @@ def find_images(folder: Path, caption_column: str | None = None) -> list[Prompte
         ValueError: if there is none, or a prompt's folder has no readable metadata.jsonl.
     """
     found = []
-    for place in _prompt_folders(folder):
-        if pictures := _pictures(place):
+    for place in prompt_folders(folder):
+        if pictures := pictures_of(place):
             row = _read_row(place / METADATA_NAME)
             prompt = _caption_of(row, place / METADATA_NAME, caption_column)
             for path in pictures:
@@ -84,7 +85,7 @@ def find_images(folder: Path, caption_column: str | None = None) -> list[Prompte
 
 def count_images(folder: Path) -> int:
     """How many images of finished prompts are there, without reading them; metadata.jsonl is a prompt's last file."""
-    return sum(len(_pictures(place)) for place in _prompt_folders(folder) if (place / METADATA_NAME).is_file())
+    return sum(len(pictures_of(place)) for place in prompt_folders(folder) if (place / METADATA_NAME).is_file())
 
 
 class ScoreFiles:
@@ -324,16 +325,6 @@ def _load(path: Path) -> Tensor:
     with Image.open(path) as picture:
         pixels = torch.from_numpy(np.array(picture.convert("RGB")))  # [H, W, 3]
     return pixels.permute(2, 0, 1).float() / 255
-
-
-def _prompt_folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name))
-
-
-def _pictures(place: Path) -> list[Path]:
-    found = [path for path in (place / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
-    return sorted(found, key=lambda path: int(path.stem))
 
 
 def _read_row(path: Path) -> dict[str, Any]:

@@ -57,15 +57,25 @@ def find_samples(images: Path) -> list[Sample]:
         ValueError: if there is none, or a prompt's folder has no readable metadata.jsonl.
     """
     samples = []
-    folders = [path for path in images.iterdir() if path.is_dir() and path.name.isdigit()] if images.is_dir() else []
-    for folder in sorted(folders, key=lambda path: int(path.name)):
+    for folder in prompt_folders(images):
         metadata = _read_metadata(folder / "metadata.jsonl")
-        pictures = [path for path in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
-        for path in sorted(pictures, key=lambda path: int(path.stem)):
+        for path in pictures_of(folder):
             samples.append(Sample(path.relative_to(images).as_posix(), path, metadata))
     if not samples:
         raise ValueError(f"no image under {images}: expected {images}/00000/samples/0000.png and so on")
     return samples
+
+
+def prompt_folders(images: Path) -> list[Path]:
+    """The folders 00000, 00001 ... of the benchmark's layout, in order of their numbers."""
+    found = [path for path in images.iterdir() if path.is_dir() and path.name.isdigit()] if images.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """samples/0000.png, 0001.png ... of one prompt's folder, in order of their numbers."""
+    found = [path for path in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def detect_all(

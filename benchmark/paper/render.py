@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmark.clusters import Estimate, estimate
-from benchmark.curves import GRID_COLOR, new_figure, png_of, scalar_curves, write_atomically
+from benchmark.curves import GRID_COLOR, new_figure, png_of, scalar_curves
 from benchmark.entropy import LINE_COLORS
 from benchmark.paper.exhibits import CLAIMS, METRICS, Curves, Row, Samples, Table, columns_of, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Unavailable, resolve
@@ -270,13 +270,3 @@ def _pictures(path: Path) -> dict[str, np.ndarray]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-__all__ = [
-    "figure_png",
-    "findings_markdown",
-    "load_printed",
-    "samples_png",
-    "table_markdown",
-    "write_atomically",
-]
