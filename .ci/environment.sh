@@ -3,6 +3,8 @@
 # BASE_PYTHON chooses the interpreter that .venv is made from; VENV its folder.
 VENV=${VENV:-.venv}
 PYTHON=$VENV/bin/python
+# Bytecode is kept: where an image sets this to 1, every start would compile torch and transformers anew (20 s).
+export PYTHONDONTWRITEBYTECODE=
 _started=$SECONDS
 
 _find_python() {
