@@ -114,7 +114,8 @@ def _view(
     inside = inside if inside.any() else blob
     colour = image[:, inside].mean(axis=1)  # [3]
     outline = strength * ndimage.binary_dilation(blob)
-    gaps = {name: float(np.hypot.reduce(_features(outline) - ideal)) for name, ideal in _ideals(usual_size).items()}
+    features = _features(outline)
+    gaps = {name: float(np.hypot.reduce(features - ideal)) for name, ideal in _ideals(usual_size).items()}
     weights = {name: math.exp(-((gap / FEATURE_SCALE) ** 2) / 2) for name, gap in gaps.items()}
     area = float(blob.mean())
     return View(
