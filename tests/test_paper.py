@@ -46,11 +46,23 @@ def test_an_ablation_differs_from_the_main_run_in_nothing_else():
         "c2i_guidance_4": {"guidance_scale"},
         "c2i_realism": {"reward_funcs"},
         "c2i_guided": {"logps_guidance"},
-        "c2i_epsilon_high": {"epsilon_high"},
+        "c2i_two_passes": {"num_iterations"},
         "c2i_long": {"max_steps", "save_steps"},
     }.items():
         settings = resolve(name, "toy", 1).settings
-        assert {key for key in settings.keys() | main.keys() if settings.get(key) != main.get(key)} == changed
+        assert _differences(settings, main) == changed
+
+
+def test_the_upper_clip_is_compared_where_clipping_can_happen():
+    # with one pass over a rollout every ratio is 1 and neither bound of the clip is ever met
+    two_passes, upper = (resolve(name, "toy", 1).settings for name in ("c2i_two_passes", "c2i_epsilon_high"))
+    assert two_passes["num_iterations"] == 2 and _differences(two_passes, upper) == {"epsilon_high"}
+    (claim,) = (one for claims in CLAIMS.values() for one in claims if one.point.experiment == "c2i_epsilon_high")
+    assert claim.other.experiment == "c2i_two_passes"
+
+
+def _differences(settings: dict, other: dict) -> set[str]:
+    return {key for key in settings.keys() | other.keys() if settings.get(key) != other.get(key)}
 
 
 def test_what_the_toy_world_lacks_is_said_and_not_faked():
@@ -75,7 +87,7 @@ def test_runs_are_shared_by_tables_and_starting_policies_by_runs():
     jobs, without = jobs_of(needs_of(TABLES[5], "toy"), "toy", SEEDS)
     # by hand: per seed the starting policy, all rewards, realism, alignment, CLIP, HPSv2
     assert len(jobs) == 2 * 6 and without.keys() == {"c2i_quality", "c2i_no_quality"}
-    assert [job.run.seed for job in jobs] == [1] * 6 + [2] * 6
+    assert [job.run.seed for job in jobs] == [1, 2] * 6  # a run's seeds side by side
     start = next(job for job in jobs if not job.trained)
     assert start.needs == {Point("c2i_B_256", 0): {"fid", "toy", "entropy"}}
     of_table_2 = {job.run.name for job in jobs_of(needs_of(TABLES[2], "toy"), "toy", SEEDS)[0] if job.trained}

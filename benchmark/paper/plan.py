@@ -182,7 +182,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         toy_note="target 1.2 nats, about the entropy at the start",
         full_without="its target is the entropy at the start, which Figure 3 measures first",
     ),
-    "c2i_epsilon_high": Experiment("c2i", "c2i_B_256", {"epsilon_high": 0.28}),
+    # A ratio is clipped only where a rollout is used more than once: at the first pass it is 1.
+    "c2i_two_passes": Experiment("c2i", "c2i_B_256", {"num_iterations": 2}),
+    "c2i_epsilon_high": Experiment("c2i", "c2i_B_256", {"num_iterations": 2, "epsilon_high": 0.28}),
     "c2i_top_entropy": Experiment("c2i", "c2i_B_256", {"top_entropy_quantile": 0.2}),
     "t2i_task_reward": Experiment(
         "t2i", "t2i_XL_256", {"reward_funcs": ["geneval"]}, toy_changes={"reward_funcs": ["toy_geneval"]}

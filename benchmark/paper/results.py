@@ -93,12 +93,13 @@ def jobs_of(needs: Mapping[Point, set[str]], scale: str, seeds: Sequence[int]) -
     """What has to be done, a job for each run and for each policy before training; and the experiments left out.
 
     Returns:
-        Jobs seed by seed, long trainings first; experiment -> reason for those that this scale has not.
+        Jobs run by run, all seeds of each before the next, so that a session that ends early leaves whole comparisons;
+        experiment -> reason for those that this scale has not.
     """
     jobs: dict[tuple, Job] = {}
     without: dict[str, str] = {}
-    for seed in seeds:
-        for point, groups in needs.items():
+    for point, groups in needs.items():
+        for seed in seeds:
             try:
                 run = resolve(point.experiment, scale, seed)
             except Unavailable as reason:
@@ -110,8 +111,7 @@ def jobs_of(needs: Mapping[Point, set[str]], scale: str, seeds: Sequence[int]) -
             job = jobs.setdefault(key, Job(run, trained))
             same = next((known for known in job.needs if _same_place(known, shared)), shared)
             job.needs.setdefault(same, set()).update(groups)
-    longest_first = sorted(jobs.values(), key=lambda job: (job.run.seed, -job.run.steps * job.trained))
-    return longest_first, without
+    return [*jobs.values()], without
 
 
 def over_seeds(workspace: Workspace, point: Point, metric: str, seeds: Sequence[int]) -> dict[int, float]:
