@@ -74,15 +74,15 @@ def inception_score(logits: Array, split_size: int = SPLIT_SIZE) -> float:
         logits: [N, C], rows in the order of the file.
         split_size: rows per split.
     Raises:
-        ValueError: for another shape, no rows, NaN or +infinity.
+        ValueError: for another shape, no rows, NaN, +infinity or a row of -infinity alone.
     """
     logits = torch.as_tensor(logits)
     if logits.ndim != 2 or not logits.numel() or split_size < 1:
         raise ValueError(
             f"logits {list(logits.shape)} in splits of {split_size}, expected [N, C] and at least 1 row each"
         )
-    if torch.isnan(logits).any() or torch.isposinf(logits).any():
-        raise ValueError("logits hold NaN or +infinity: the network or its input is broken")
+    if not logits.amax(dim=1).isfinite().all():  # -infinity alone is a probability of 0
+        raise ValueError("logits hold NaN, +infinity or a row of -infinity: the network or its input is broken")
     scores = []
     for part in logits.split(split_size):
         log_probs = part.double().log_softmax(dim=1)  # [b, C]
@@ -139,8 +139,9 @@ class SquaredDistances:
     """Squared distances u.u - 2 u.v + v.v, not below 0, of the rows of one block; float32 [b, b] in either mode.
 
     In "float16" the inputs and every intermediate result are rounded to half precision, sums run in float32, as on a
-    GPU. A block with an overflow anywhere is computed in float32 instead; `num_overflowed` counts them. (The official
-    code overlooks one overflow: u.v above 32,752 with u.u and v.v below 65,504 makes its distance 0.)
+    GPU. A block in which a distance is not finite is computed in float32 instead; `num_overflowed` counts them.
+    Negative ones become 0 before that is asked, as in the official code: u.v above 32,752 with u.u and v.v below 65,504
+    overflows to minus infinity and stays a distance of 0.
 
     Args:
         mode: "float16" or "float32".
@@ -154,9 +155,9 @@ class SquaredDistances:
 
     def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
         if self.mode == "float16":
-            block = self._compute(rows.half(), columns.half())
+            block = self._compute(rows.half(), columns.half()).clamp_(min=0)
             if block.isfinite().all():
-                return block.clamp_(min=0).float()
+                return block.float()
             self.num_overflowed += 1
             del block
         return self._compute(rows, columns).clamp_(min=0)
@@ -284,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        _check_device(device)
+        if options.json and options.json.is_dir():
+            raise ValueError(f"--json {options.json} is a folder: give the file to write")
         class_names = None
         if options.class_names:
             from dataset.labels import load_class_names
@@ -393,6 +397,13 @@ class _Moments:
         self._count = count
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such kind, no driver, a torch built without it
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def _open_archives(
     reference: str | Path, samples: str | Path, features: str
 ) -> tuple[ImageArchive, ImageArchive, dict[str, Statistics]]:
@@ -423,6 +434,7 @@ def _check_stored(real: ImageArchive, stored: dict[str, Statistics], probe) -> N
 
 
 def _check_gaussian(mean: Array, covariance: Array, name: str) -> tuple[np.ndarray, np.ndarray]:
+    mean, covariance = (one.detach().cpu() if isinstance(one, Tensor) else one for one in (mean, covariance))
     mean = np.atleast_1d(np.asarray(mean, np.float64))
     covariance = np.atleast_2d(np.asarray(covariance, np.float64))
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:

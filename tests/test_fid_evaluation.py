@@ -103,6 +103,8 @@ def test_frechet_distance_refuses_what_is_no_gaussian(arguments, message):
 def test_uniform_predictor_scores_1_and_balanced_one_hot_predictor_scores_the_number_of_classes():
     assert inception_score(np.zeros((60, 10))) == pytest.approx(1.0)
     labels = np.arange(60) % 10
+    with pytest.raises(ValueError, match="row of -infinity"):
+        inception_score(np.array([[0.0, 1.0], [-np.inf, -np.inf]]))
     for off in (-1e4, -np.inf):  # a probability of exactly 0 is no NaN
         assert inception_score(np.where(np.eye(10)[labels] > 0, 0.0, off)) == pytest.approx(10.0)
 
@@ -205,6 +207,14 @@ def test_overflowing_blocks_are_counted():
     # 4 * 200^2 = 160,000 is beyond float16's 65,504; the distance 4 * 199^2 comes from float32
     assert distances(torch.full((2, 4), 1.0), torch.full((3, 4), 200.0)).unique().tolist() == [4 * 199.0**2]
     assert distances.num_overflowed == 1
+
+
+def test_a_product_that_overflows_alone_stays_in_float16_as_in_the_official_code():
+    # tf.maximum comes before tf.is_finite: 200^2 - 2 * 200 * 190 + 190^2 = 100, but -76,000 is -infinity, and then 0
+    distances = SquaredDistances("float16")
+    rows, columns = torch.tensor([[200.0, 0.0]]), torch.tensor([[190.0, 0.0]])
+    assert distances(rows, columns).item() == 0.0 and distances.num_overflowed == 0
+    assert SquaredDistances("float32")(rows, columns).item() == 100.0
 
 
 def test_float32_precision_and_recall_equal_a_plain_loop():
@@ -704,6 +714,11 @@ def test_command_line_errors_are_one_line_before_any_network_is_loaded(tmp_path)
     np.savez(tmp_path / "fake.npz", random_images(4, size=8))
     with pytest.raises(SystemExit, match=r"error: .* 16 x 16"):
         fid_evaluation.main([str(tmp_path / "real.npz"), str(tmp_path / "fake.npz"), "--weights", "none.pth"])
+    pair_of_files = [str(tmp_path / "fake.npz"), str(tmp_path / "fake.npz")]
+    with pytest.raises(SystemExit, match="error: --device nonsense cannot be used: "):
+        fid_evaluation.main([*pair_of_files, "--device", "nonsense"])
+    with pytest.raises(SystemExit, match="is a folder: give the file to write"):
+        fid_evaluation.main([*pair_of_files, "--json", str(tmp_path)])
 
 
 # ---- other networks --------------------------------------------------------------------------------------------------
