@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,12 @@ class RewardArguments(ScorerArguments):
         self.reward_steps = _read_json(self.reward_steps, "reward_steps")
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share is {self.max_failed_share}: it is a share, from 0 to 1")
+
+    @classmethod
+    def of_config(cls, settings: dict[str, Any]) -> RewardArguments:
+        """Those of a training configuration (a file of configs/), whose other settings are not read."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in known})
 
 
 @dataclass(frozen=True)

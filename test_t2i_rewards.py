@@ -22,7 +22,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from benchmark import sample_captions
-from benchmark.drawbench.metrics import TABLE_METRICS
+from benchmark.drawbench.metrics import DRAWBENCH, TABLE_METRICS
 from benchmark.drawbench.scores import (
     ScoreFiles,
     check_scorers,
@@ -44,8 +44,6 @@ from reward_utils.registry import SCORERS, build_scorers
 from reward_utils.scorer import Scorer
 
 logger = logging.getLogger(__name__)
-
-DRAWBENCH = "data/drawbench/drawbench_test_1000.json"  # where python -m dataset.fetch drawbench puts it
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,14 +16,16 @@ import test_t2i_rewards
 from benchmark import entropy, sample_captions, sample_classes
 from benchmark.clusters import Estimate, estimate
 from benchmark.paper import __main__ as paper
-from benchmark.paper import plan, run, toy_metrics
+from benchmark.paper import plan, preflight, run, toy_metrics
 from benchmark.paper.exhibits import CLAIMS, FIGURES, METRICS, TABLES, Claim, Curves, Row, Table, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, MAIN, QUARTERS, Point, Run, Unavailable, load_config, resolve
+from benchmark.paper.preflight import check_full
 from benchmark.paper.render import figure_png, findings_markdown, load_printed, table_markdown
 from benchmark.paper.results import HOLDS, NOISE, NOT_MEASURABLE, NOT_MEASURED, OPPOSITE, find, jobs_of, judge, needs_of
 from benchmark.paper.run import GROUPS, Job, StageFailed, Workspace, execute
 from toy import world
 
+ROOT = Path(__file__).parents[1]
 SEEDS = (1, 2)
 C2I = [name for name, experiment in EXPERIMENTS.items() if experiment.task == "c2i"]
 
@@ -114,7 +117,7 @@ def test_every_row_of_every_table_and_figure_names_an_experiment():
 def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, capsys):
     paper.main(["--table", "2", "--dry-run", "--seeds", "2", "--jobs", "2", "--runs", str(tmp_path / "runs")])
     said = capsys.readouterr().out
-    assert "c2i_B_256/seed-2: 60 steps; 0 of 3 measurements are there" in said
+    assert "c2i_B_256/seed-2: 40 steps; 0 of 3 measurements are there" in said
     assert "left out: c2i_B_384: no toy weights" in said and "core minutes" in said and "GB of disk" in said
     paper.main(["--table", "2", "--dry-run", "--scale", "full", "--runs", str(tmp_path / "runs")])
     # four runs of 100 steps at 19.9 GPU hours are 79.5; sampling 50,000 images comes on top
@@ -221,7 +224,7 @@ def test_a_curve_is_a_mean_over_seeds_with_its_error(tmp_path):
     picture, data = figure_png(Logged(tmp_path, given), figure, SEEDS)
     # rewards 3 and 5 at step 1: mean 4, standard error 1
     assert data["reward"] == {"all": [(1, pytest.approx(4.0), pytest.approx(1.0)), (2, 5.0, pytest.approx(1.0))]}
-    assert data["truth"] == {"all": [(0.0, 0.0, 0.0), (30.0, pytest.approx(0.2), 0.0)]}  # quarters of 60 steps
+    assert data["truth"] == {"all": [(0.0, 0.0, 0.0), (20.0, pytest.approx(0.2), 0.0)]}  # quarters of 40 steps
     assert picture.startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing of this figure"):
         figure_png(Measured(tmp_path, {}), dataclasses.replace(figure, logged=()), SEEDS)
@@ -392,9 +395,46 @@ def test_only_one_process_works_in_a_folder(tmp_path):
         pass
 
 
-def test_the_full_scale_asks_for_its_reference_first(tmp_path):
-    with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256_labeled"):
-        Workspace(tmp_path, "full", devices="0").prepare()
+def test_the_full_scale_names_everything_that_a_table_lacks_before_it_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no weights, prompts or judges are
+    monkeypatch.setattr(plan, "CONFIGS", ROOT / "configs")
+    plan._settings_or_reason.cache_clear()
+
+    def missing_for(number):
+        jobs, _ = jobs_of(needs_of(TABLES[number], "full"), "full", (1,))
+        with pytest.raises(FileNotFoundError) as caught:
+            check_full(Workspace(tmp_path / "runs", "full", devices="0"), jobs)
+        return str(caught.value)
+
+    classes = missing_for(2)
+    assert "weights/c2i_B_256.pt" in classes and "VIRTUAL_imagenet256_labeled" in classes and "Inception" in classes
+    assert "GenEval" not in classes and "DrawBench" not in classes
+    captions = missing_for(3)
+    for expected in ("weights/t2i_XL_stage1_256.pt", "coco_captions_30000.json", "GenEval's prompts", "object names"):
+        assert expected in captions
+    assert "Inception" not in captions and "VIRTUAL" not in captions
+    judges = missing_for(4)
+    assert "DrawBench's prompts" in judges and "deqa" in judges.lower() and "sac+logos" in judges
+    plan._settings_or_reason.cache_clear()
+
+
+def test_a_reference_of_another_size_is_refused_at_full_scale(tmp_path):
+    path = tmp_path / "reference.npz"
+    np.savez(path, arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="32 x 32 pixels: the reference has 256 x 256"):
+        preflight._check_reference(path)
+
+
+def test_numbers_of_a_text_policy_depend_on_how_it_reads_captions():
+    run_left, run_right = (
+        Run("t2i_XL_256", "t2i", 1, resolve("t2i_XL_256", "toy", 1).settings | {"caption_padding": side})
+        for side in ("left", "right")
+    )
+    workspace = Workspace(Path("runs/none"), "toy", devices="cpu")
+    start = Point("t2i_XL_256", 0)
+    for group in ("samples", "entropy", "geneval"):
+        left, right = (workspace._settings(one, start, group) for one in (run_left, run_right))
+        assert left != right and left["prompts_sha256"] == right["prompts_sha256"]
 
 
 # ---------------------------------------------------------------------------------------------------- for real
@@ -436,6 +476,7 @@ def test_a_tiny_table_from_training_to_markdown(tmp_path, monkeypatch, capsys):
     before, after = ([float(cell) for cell in row if cell.strip()] for row in cells)
     assert len(before) == 5 and len(after) == 6  # the KL is one of training
     assert all(math.isfinite(value) for value in before + after) and 0 <= after[2] <= 1
+    assert re.search(r"- took \d+ minutes of commands, .*: \d+ of training, \d+ of sampling", text)
 
 
 def _in_this_process(workspace, command, folder):

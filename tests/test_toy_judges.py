@@ -1,7 +1,6 @@
 """The toy judges through the real reward classes: the judge server in server mode, the preference model as HPSv2."""
 
 import base64
-import dataclasses
 import http.client
 import json
 import math
@@ -362,11 +361,9 @@ def test_the_configuration_with_all_judges_builds_them(url, drawn):
 
     root = WEIGHTS.parents[1]
     settings = yaml.safe_load((root / "configs" / "toy_c2i_judges.yaml").read_text())
-    known = {field.name for field in dataclasses.fields(RewardArguments)}
-    options = {name: value for name, value in settings.items() if name in known} | {"qwen_url": url}
     for name in ("clip_model", "hpsv2_weights", "hpsv2_architecture"):
-        options[name] = str(root / options[name])
-    rewards = build_rewards(arguments=RewardArguments(**options))
+        settings[name] = str(root / settings[name])
+    rewards = build_rewards(arguments=RewardArguments.of_config(settings | {"qwen_url": url}))
     assert rewards.names == ["clip", "hpsv2", *QWEN]
     images, prompts = drawn
     right = np.array([reward(prompts, images) for reward in rewards])  # [R, 24]

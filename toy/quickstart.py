@@ -10,7 +10,6 @@ stopped afterwards, if the configuration asks for one; `--config configs/toy_c2i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import shutil
@@ -191,8 +190,7 @@ def run(task: Task, settings: dict, options: argparse.Namespace, overrides: list
     output_dir = options.output_dir
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vq = VQModel.from_pretrained(settings["vq_path"]).to(device)
-    known = {field.name for field in dataclasses.fields(RewardArguments)}
-    judges = RewardArguments(**{name: value for name, value in settings.items() if name in known})
+    judges = RewardArguments.of_config(settings)
     rewards = build_rewards(weights=settings.get("reward_weights"), device=device, arguments=judges)
     questions = task.load(settings)
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from img_gen_grpo_rewards import SCALES
 
+DRAWBENCH = "data/drawbench/drawbench_test_1000.json"  # the prompts, where python -m dataset.fetch drawbench puts them
+
 
 class Metric(NamedTuple):
     """A column of the table.

@@ -25,6 +25,7 @@ from benchmark.curves import write_atomically
 from benchmark.paper.costs import Cost, cost_of, in_words
 from benchmark.paper.exhibits import FIGURES, TABLES, Curves, Table
 from benchmark.paper.plan import Unavailable
+from benchmark.paper.preflight import check_full
 from benchmark.paper.render import figure_png, findings_markdown, load_printed, samples_png, table_markdown
 from benchmark.paper.results import jobs_of, needs_of, needs_of_findings
 from benchmark.paper.run import SCALES, Job, Workspace, execute
@@ -87,14 +88,13 @@ def _execute(workspace: Workspace, jobs: list[Job], parallel: int) -> list[str]:
     """Do what is left; the toy world's judge server runs meanwhile."""
     if all(cost_of(workspace, job) == Cost() for job in jobs):
         return []
-    for path in sorted({Path(job.run.settings[key]) for job in jobs for key in ("model_name_or_path", "vq_path")}):
-        if not path.exists():
-            raise FileNotFoundError(f"there is no {path}: the README (Weights) says where it comes from")
-    workspace.prepare()
     with contextlib.ExitStack() as stack:
-        if workspace.scale.name == "toy":
+        if workspace.scale.name == "full":
+            check_full(workspace, jobs)
+        else:
             from toy.judge_server import running_judge_server
 
+            workspace.draw_reference()
             workspace.judge_url = stack.enter_context(running_judge_server())
         return execute(workspace, jobs, parallel)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def cost_of(workspace: Workspace, job: Job) -> Cost:
         missing = [group for group in groups if workspace.known(job.run, point, group) is None]
         cost += _measuring(workspace, job, point, missing)
     return cost
+
+
+def spent_in_words(workspace: Workspace, jobs: Sequence[Job]) -> str:
+    """What the finished parts of these jobs took, for a reader; runs that other exhibits share count in full."""
+    training = sum(workspace.seconds_trained(job.run) for job in jobs if job.trained)
+    measuring = sum(
+        workspace.seconds_measured(job.run, point, group)
+        for job in jobs
+        for point, groups in job.needs.items()
+        for group in groups
+    )
+    return (
+        f"{(training + measuring) / 60:.0f} minutes of commands, of which several may run at a time: "
+        f"{training / 60:.0f} of training, {measuring / 60:.0f} of sampling and measuring"
+    )
 
 
 def in_words(workspace: Workspace, cost: Cost, parallel: int) -> str:

@@ -266,8 +266,6 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             _MAIN,
         ),
         Claim("The judge's rewards keep pictures right (truth)", "truth", -1, Point("c2i_alignment"), _MAIN),
-        Claim("All rewards are better than CLIP alone (truth)", "truth", -1, Point("c2i_clip"), _MAIN),
-        Claim("All rewards are better than HPSv2 alone (truth)", "truth", -1, Point("c2i_hpsv2"), _MAIN),
         Claim("The quality reward (MANIQA) has a role of its own", "fid", 1, Point("c2i_no_quality"), _MAIN),
         Claim("Training with guidance is better than without (truth)", "truth", -1, Point("c2i_guidance_1"), _MAIN),
         Claim("Strong guidance in training costs recall", "recall", -1, Point("c2i_guidance_4"), _MAIN),

@@ -17,9 +17,10 @@ from PIL import Image
 from benchmark.clusters import Estimate, estimate
 from benchmark.curves import GRID_COLOR, new_figure, png_of, scalar_curves
 from benchmark.entropy import LINE_COLORS
+from benchmark.paper.costs import spent_in_words
 from benchmark.paper.exhibits import CLAIMS, METRICS, Curves, Row, Samples, Table, columns_of, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Unavailable, resolve
-from benchmark.paper.results import ERRORS, NOT_MEASURABLE, Finding, find, measured_at, over_seeds
+from benchmark.paper.results import ERRORS, NOT_MEASURABLE, Finding, find, jobs_of, measured_at, needs_of, over_seeds
 from benchmark.paper.run import Workspace, step_of
 from llamagen.grids import labelled_grid, save_png
 
@@ -78,6 +79,8 @@ def table_markdown(
     lines += ["", *(f"- {note}" for note in dict.fromkeys(notes))]
     lines += [f"- printed: {printed.sources[source].strip()}" for source in sources]
     lines += [f"- {NOT_AT_HAND}: benchmark/paper/printed.yaml is where printed numbers go"]
+    jobs, _ = jobs_of(needs_of(table, workspace.scale.name), workspace.scale.name, seeds)
+    lines += [f"- took {spent_in_words(workspace, jobs)}"]
     return "\n".join(lines) + "\n"
 
 

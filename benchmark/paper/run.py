@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmark.archives import write_json
 from benchmark.curves import scalar_curves, write_atomically
+from benchmark.drawbench.metrics import DRAWBENCH
 from benchmark.models import FINAL, fingerprint
 from benchmark.paper.plan import QUARTERS, TOY_CONFIGS, Point, Run, load_config
 from benchmark.sampling import check_same_settings
@@ -65,13 +66,13 @@ SCALES = {
     "toy": Scale(
         "toy",
         samples={
-            "c2i": ("--num_per_class", "64", "--batch_size", "64", "--output_size", "32"),  # 1,536 pictures
-            "t2i": ("--num_per_prompt", "6", "--prompts_at_once", "16", "--batch_size", "96"),  # 864
+            "c2i": ("--num_per_class", "48", "--batch_size", "64", "--output_size", "32"),  # 1,152 pictures
+            "t2i": ("--num_per_prompt", "4", "--prompts_at_once", "16", "--batch_size", "64"),  # 576
         },
         fid=("--features", "toy/weights/clip", "--class_names", "toy/class_names.txt"),
         entropy={
-            "c2i": ("--num_conditions", "24", "--num_per_condition", "16", "--batch_size", "128"),
-            "t2i": ("--num_conditions", "144", "--num_per_condition", "3", "--batch_size", "128"),
+            "c2i": ("--num_conditions", "24", "--num_per_condition", "8", "--batch_size", "64"),
+            "t2i": ("--num_conditions", "144", "--num_per_condition", "2", "--batch_size", "96"),
         },
     ),
     "full": Scale(
@@ -209,6 +210,10 @@ class Workspace:
         longest = max((state for state in states if state.is_file()), key=self._step_in, default=None)
         return json.loads(longest.read_text())["log_history"] if longest else []
 
+    def seconds_trained(self, run: Run) -> float:
+        """Wall time of a run's training, as far as it got; all of its starts together."""
+        return sum(entry.get("train_runtime", 0.0) for entry in self.log(run))
+
     # ------------------------------------------------------------------------------------------------ measuring
 
     def numbers(self, run: Run, point: Point) -> dict[str, float]:
@@ -229,6 +234,11 @@ class Workspace:
             return None
         content = json.loads(record.read_text())
         return content["numbers"] if content["settings"] == self._settings(run, point, group) else None
+
+    def seconds_measured(self, run: Run, point: Point, group: str) -> float:
+        """Wall time of measuring one group, with the drawing of samples if it was the first to need them."""
+        record = self.point_folder(run, point) / f"{group}.json"
+        return json.loads(record.read_text()).get("seconds", 0.0) if record.is_file() else 0.0
 
     def measure(self, run: Run, point: Point, group: str) -> dict[str, float]:
         """Measure one group of numbers of a point unless it is there.
@@ -270,20 +280,8 @@ class Workspace:
         if self.scale.name == "full" and not self.keep_samples:
             (self.point_folder(run, point) / "samples.npz").unlink(missing_ok=True)  # captions' are small
 
-    def prepare(self) -> None:
-        """Write the toy world's reference pictures; look for the full scale's.
-
-        Raises:
-            FileNotFoundError: with what is missing and where it comes from.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        if self.scale.name == "full":
-            if not self.reference.is_file():
-                raise FileNotFoundError(
-                    f"no reference {self.reference}: give VIRTUAL_imagenet256_labeled.npz of guided-diffusion as "
-                    "--reference"
-                )
-            return
+    def draw_reference(self) -> None:
+        """Write the toy world's reference pictures unless they are there."""
         if not self.reference.is_file():
             options = [word for name, value in TOY_REFERENCE.items() for word in (f"--{name}", str(value))]
             self.call([sys.executable, "-m", "toy.make", "--reference", str(self.reference), *options], self.root)
@@ -364,13 +362,19 @@ class Workspace:
             "seed": run.seed,
             "task": run.task,
         }
+        if run.task == "t2i":
+            settings["text"] = text_options(run.settings)
+            prompts = Path(GENEVAL_PROMPTS[self.scale.name])
+            if group == "drawbench" and self.scale.name == "full":
+                prompts = Path(DRAWBENCH)
+            settings["prompts_sha256"] = _fingerprint(prompts)
         if group == "entropy":
             return settings | {"options": list(self.scale.entropy[run.task])}
         settings["drawn"] = list(self.scale.samples[run.task])
         if group == "fid":
             settings["options"] = list(self.scale.fid)
             toy = self.scale.name == "toy"
-            settings["reference"] = TOY_REFERENCE if toy else [self.reference.name, _size_of(self.reference)]
+            settings["reference"] = TOY_REFERENCE if toy else _fingerprint(self.reference)
         if group in ("toy", "drawbench") and self.scale.name == "toy":
             settings["judges"] = list(TOY_JUDGES[run.task])
         return settings
@@ -530,10 +534,6 @@ GROUPS = {  # group -> function that measures it, cheap and revealing ones first
 }
 
 _fingerprints: dict[tuple, str] = {}
-
-
-def _size_of(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def _fingerprint(path: Path) -> str:

@@ -7,7 +7,6 @@ python -m benchmark.paper.toy_metrics IMAGES --json OUT                  caption
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,9 +58,7 @@ def class_scores(archive: Path, settings: dict) -> dict[str, float]:
     """
     with np.load(archive) as content:
         labels = content["arr_1"]
-    known = {field.name for field in dataclasses.fields(RewardArguments)}
-    arguments = RewardArguments(**{name: value for name, value in settings.items() if name in known})
-    rewards = build_rewards(weights=settings.get("reward_weights"), arguments=arguments)
+    rewards = build_rewards(weights=settings.get("reward_weights"), arguments=RewardArguments.of_config(settings))
     right: list[bool] = []
     raw: dict[str, list[float]] = {}
     for images in ImageArchive(archive).batches(BATCH):
