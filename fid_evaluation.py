@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmark.archives import ImageArchive, Statistics, write_json
+from benchmark.archives import ImageArchive, Statistics
 from benchmark.fid.features import INCEPTION, FeatureNetwork, load_features
+from benchmark.files import write_json
 
 logger = logging.getLogger(__name__)
 

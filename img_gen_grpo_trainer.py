@@ -7,6 +7,7 @@ F reward functions.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -42,6 +43,7 @@ OVERRIDDEN_HOOKS = {
         "num_generations",
         "has_tool_images",
     ),
+    "_prepare_inputs": ("self", "generation_batch"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_compute_loss": ("self", "model", "inputs"),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
@@ -137,7 +139,7 @@ class ImgGenGRPOConfig(GRPOConfig):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
-        check_sampling(self.guidance_scale, self.guidance_interval, self.temperature, self.top_k, self.top_p)
+        check_sampling(self.guidance_scale, self.temperature, self.top_p)
         if self.temperature == 0 or self.top_p == 0:
             raise ValueError(
                 f"temperature {self.temperature}, top_p {self.top_p}: greedy rollouts of a group are all the same and "
@@ -187,7 +189,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
 
     A prompt is a class id or a caption; its completion is always T codes, without an end token. Overrides:
     `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards and drops
-    conditions;
+    conditions; `_prepare_inputs` puts rollouts of one caption into one batch of the update;
     `_calculate_rewards` times them and fills what failed; `_get_per_token_logps_and_entropies` scores the guided or
     the conditional policy; `_compute_loss`, `training_step` and `log` add metrics; `_save_checkpoint` and
     `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was taken in the middle of.
@@ -295,6 +297,16 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         return fill_missing(rewards, num_generations)
 
     # ------------------------------------------------------------------------------------------------ update
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        # batches that are in one optimizer step, whichever way phases and steps overlap
+        per_step = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        self._buffered_inputs = side_by_side(self._buffered_inputs, per_step)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -441,6 +453,30 @@ class ImgGenGRPOTrainer(GRPOTrainer):
                 number, name = key.split("/", 1)
                 batches[int(number)][name] = value
             self._buffered_inputs = [batches[number] for number in sorted(batches)]
+
+
+def side_by_side(batches: list[dict], per_step: int) -> list[dict]:
+    """Batches of the update in which rollouts of one caption stand together, so that they share its prefix.
+
+    TRL shuffles a rollout phase before it cuts it up. Rows change places only among the `per_step` batches of one
+    optimizer step, whose gradients are summed, so the step stays what it was. A class label is one position, which is
+    not worth it: those batches come back as they are.
+    """
+    if batches[0]["prompt_ids"].shape[1] == 1:
+        return batches
+    moved = []
+    for start in range(0, len(batches), per_step):
+        window = batches[start : start + per_step]
+        _, kind = torch.cat([batch["prompt_ids"] for batch in window]).unique(dim=0, return_inverse=True)
+        order = kind.argsort(stable=True)
+        rows = [len(batch["prompt_ids"]) for batch in window]
+        columns = {
+            name: torch.cat([batch[name] for batch in window])[order].split(rows)
+            for name, value in window[0].items()
+            if isinstance(value, Tensor) and value.ndim > 0
+        }
+        moved += [batch | {name: parts[i] for name, parts in columns.items()} for i, batch in enumerate(window)]
+    return moved
 
 
 class ImageGridCallback(TrainerCallback):

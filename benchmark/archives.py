@@ -7,7 +7,6 @@ Legend: N images of the archive, b images of one slice, H x W pixels, D features
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -177,15 +176,6 @@ def write_images(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    """Write a JSON file that is either whole or not there; NaN and infinity, which JSON has not, are refused."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _some(names: Iterable[str]) -> str:

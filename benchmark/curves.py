@@ -6,11 +6,12 @@ import html
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmark.files import write_atomically
 
 Curve = list[tuple[float, float]]  # (step, value) in step order; a value that is missing or not finite is nan
 
@@ -212,16 +213,6 @@ def number_text(value: float | None) -> str:
     if value == round(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-
-
-def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Write a file that is either whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return path
 
 
 def _tick_text(value: float) -> str:

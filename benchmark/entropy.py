@@ -30,9 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmark import sample_captions, sample_classes
-from benchmark.archives import write_json
 from benchmark.clusters import Estimate, estimate, estimate_text, paired_change
-from benchmark.curves import GRID_COLOR, new_figure, png_of, write_atomically
+from benchmark.curves import GRID_COLOR, new_figure, png_of
+from benchmark.files import write_atomically, write_json
 from benchmark.models import BASE, CONFIG_NAME, FINAL, arguments_of_run, find_policy, fingerprint, load_policy
 from benchmark.sampling import DrawSettings, draw_codes, sample_seed
 from dataset.captions import load_captions

@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmark.archives import write_json
+from benchmark.files import write_json
 from benchmark.models import arguments_of_run, find_policy, find_tokenizer, fingerprint, load_policy
 from benchmark.sample_classes import (
     add_draw_arguments,
@@ -44,13 +45,14 @@ from benchmark.sampling import (
     check_unit_images,
     draw_captions,
     draw_units,
+    is_filled,
     wait_for_units,
 )
 from dataset.captions import load_captions, load_metadata
 from llamagen import LlamaGenForCausalLM, LlamaGenProcessor, VQModel
 from llamagen.grids import save_png
 from llamagen.pixels import fid_samples
-from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, CaptionEncoder, encoder_identity
+from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, CaptionEncoder, encoder_identity, prepare_caption
 from llamagen.text_store import StoredTextEncoder, load_text_encoder
 from llamagen.vq import load_tokenizer
 
@@ -105,7 +107,7 @@ class PromptFolder(JobFolder):
 
     def __contains__(self, unit: Unit) -> bool:
         return all(
-            self._metadata_path(prompt).is_file() and all(map(os.path.isfile, self.image_paths(prompt)))
+            is_filled(self._metadata_path(prompt)) and all(map(is_filled, self.image_paths(prompt)))
             for prompt in self.prompts_of(unit)
         )
 
@@ -209,11 +211,18 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
     """All prompts of the file that the options name, blank ones dropped.
 
     Raises:
-        ValueError: if there are none; says how to get GenEval's.
+        FileNotFoundError: if there is no such policy; its run says how captions are cleaned.
+        ValueError: if there are no prompts; says how to get GenEval's.
     """
     if options.prompts == DEFAULT_PROMPTS and not Path(DEFAULT_PROMPTS).is_file():
         raise ValueError(f"there is no {DEFAULT_PROMPTS}: fetch it with python -m dataset.fetch geneval, or --prompts")
-    captions = load_captions(options.prompts, options.caption_column, options.prompts_split)
+    policy_path = find_policy(options.model, options.step, options.base_policy, options.runs)
+    captions = load_captions(
+        options.prompts,
+        options.caption_column,
+        options.prompts_split,
+        prepare=partial(prepare_caption, clean=text_arguments(options, policy_path)["clean"]),
+    )
     rows = load_metadata(options.prompts, options.caption_column) or [{"prompt": caption} for caption in captions]
     asked: Counter[str] = Counter()
     prompts = []

@@ -26,7 +26,8 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from benchmark.archives import ImageArchive, write_images, write_json
+from benchmark.archives import ImageArchive, write_images
+from benchmark.files import write_json
 from benchmark.models import BASE, FINAL, find_policy, find_tokenizer, fingerprint, load_policy
 from benchmark.sampling import (
     DrawSettings,
@@ -203,7 +204,7 @@ def read_draw_settings(options: argparse.Namespace, device: torch.device) -> Dra
         ValueError: if one is outside its range; needs no model, so ask before one is loaded.
     """
     check_counts(options, "batch_size")
-    check_sampling(options.guidance_scale, options.guidance_interval, options.temperature, options.top_k, options.top_p)
+    check_sampling(options.guidance_scale, options.temperature, options.top_p)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawSettings)}
     given["dtype"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return DrawSettings(**given)

@@ -23,7 +23,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmark.archives import write_json
+from benchmark.files import write_json
 from llamagen import LlamaGenForCausalLM, VQModel
 from llamagen.text import CaptionEncoder
 
@@ -95,10 +95,9 @@ class JobFolder(ABC):
         if len({unit.condition for unit in self.units}) != len(self.units):
             raise ValueError("a class or prompt was asked for twice: name each once, and ask for more images of it")
         written = self.path / SETTINGS_NAME
-        if written.is_file():
-            check_same_settings(json.loads(written.read_text()), settings, self.path)
-        else:
+        if not written.is_file():
             write_json(written, settings)
+        check_same_settings(_read_settings(written), settings, self.path)  # also what another process just wrote
 
     def missing(self) -> list[Unit]:
         """Units that are still to be drawn."""
@@ -106,7 +105,7 @@ class JobFolder(ABC):
 
     @abstractmethod
     def __contains__(self, unit: Unit) -> bool:
-        """Whether all of a unit is there."""
+        """Whether all of a unit is there; an empty file, left by a full disk or a power cut, is not."""
 
     @abstractmethod
     def write(self, unit: Unit, images: np.ndarray) -> None:
@@ -117,7 +116,7 @@ class UnitFolder(JobFolder):
     """Units as arrays, for a job that merges them into one file; see `JobFolder`."""
 
     def __contains__(self, unit: Unit) -> bool:
-        return (self.path / unit.file_name).is_file()
+        return is_filled(self.path / unit.file_name)
 
     def write(self, unit: Unit, images: np.ndarray) -> None:
         """Keep the images uint8 [n, H, W, 3] of a unit; the file appears when it is whole."""
@@ -147,6 +146,11 @@ class UnitFolder(JobFolder):
             leftover.unlink()
         (self.path / SETTINGS_NAME).unlink(missing_ok=True)
         self.path.rmdir()
+
+
+def is_filled(path: Path) -> bool:
+    """Whether a file is there and not empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def check_unit_images(unit: Unit, images: np.ndarray) -> None:
@@ -298,6 +302,13 @@ def check_same_settings(found: dict, wanted: dict, where: Path) -> None:
     if names:
         listed = "; ".join(f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}" for name in names)
         raise ValueError(f"{where} was made with other settings ({listed}): delete it, or write to another --output")
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {path.parent} and start the job again") from None
 
 
 def _hash(*parts: int | str) -> bytes:

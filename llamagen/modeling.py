@@ -369,9 +369,9 @@ class LlamaGenForCausalLM(LlamaGenPreTrainedModel, GenerationMixin):
             input_ids: condition ids [B, P]: the class id for c2i; for t2i any ids (features are what counts).
             attention_mask, caption_embeds: as in `LlamaGenModel.forward`.
             guidance_scale: s of classifier-free guidance; s <= 1 is the conditional policy.
-            guidance_interval: guidance is on for codes 0 .. interval + 1, -1 is all.
+            guidance_interval: guidance is on for codes 0 .. interval + 1, a negative one is all.
             temperature: logits are divided by max(temperature, 1e-5).
-            top_k: keep the k most probable codes (ties stay), 0 is all.
+            top_k: keep the k most probable codes (ties stay), 0 or a negative one is all.
             top_p: keep the smallest set whose probability exceeds p, 1 is all.
             do_sample: False takes the most probable code.
             generator: one for the batch, or one a row (a row then does not depend on its neighbours).

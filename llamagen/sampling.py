@@ -103,7 +103,7 @@ def sample_codes(
     Raises:
         ValueError: if a setting is outside its range, or the number of generators is not B.
     """
-    _check_settings(policy, input_ids, guidance_scale, guidance_interval, temperature, top_k, top_p, generator)
+    _check_settings(policy, input_ids, guidance_scale, temperature, top_p, generator)
     policy.model.check_inputs(input_ids, attention_mask, caption_embeds)
     budget = cache_budget_bytes or CACHE_BUDGET_BYTES.get(input_ids.device.type, CACHE_BUDGET_BYTES["cpu"])
     rows_per_rollout = 2 if guidance_scale > 1.0 else 1
@@ -334,26 +334,22 @@ def _prefix_bias(policy, num_valid: Tensor) -> Tensor | None:
     return bias
 
 
-def check_sampling(guidance_scale: float, guidance_interval: int, temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(guidance_scale: float, temperature: float, top_p: float) -> None:
     """Raise ValueError for settings of `generate` that are outside their ranges, NaN among them."""
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {guidance_scale}: it is a finite number, 1.0 switches guidance off")
-    if guidance_interval < -1:
-        raise ValueError(f"guidance_interval is {guidance_interval}: it is the index of a code, or -1 for always")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: it is a number that is not negative (0 is nearly greedy)")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}: it is a number of codes, 0 switches it off")
     if not 0.0 <= top_p <= 1.0:
         raise ValueError(f"top_p is {top_p}: it is a probability, 1.0 switches it off")
 
 
-def _check_settings(policy, input_ids, guidance_scale, guidance_interval, temperature, top_k, top_p, generator) -> None:
+def _check_settings(policy, input_ids, guidance_scale, temperature, top_p, generator) -> None:
     P = policy.config.cls_token_num
     if input_ids.ndim != 2 or input_ids.shape[1] != P or len(input_ids) == 0:
         raise ValueError(
             f"input_ids is {list(input_ids.shape)}: generate takes the {P} condition ids alone, [B, {P}], B at least 1"
         )
-    check_sampling(guidance_scale, guidance_interval, temperature, top_k, top_p)
+    check_sampling(guidance_scale, temperature, top_p)
     if isinstance(generator, list) and len(generator) != len(input_ids):
         raise ValueError(f"{len(generator)} generators for {len(input_ids)} rows: give one for the batch or one a row")

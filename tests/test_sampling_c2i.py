@@ -529,3 +529,30 @@ def test_the_script_says_how_it_is_used(tmp_path, arguments):
     called = run_script(tmp_path, *arguments)
     assert called.returncode == 2
     assert "usage: bash test.sh MODEL_NAME GPU_RANK STEP CFG" in called.stderr
+
+
+# ----------------------------------------------------------------------------------------------- many processes, damage
+
+
+def test_processes_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    script = (
+        "import sys; from benchmark.files import write_json\n"
+        "for number in range(300): write_json(sys.argv[1], {'number': number})"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "settings.json")]
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 3
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"number": 299}
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_an_empty_file_is_drawn_again_and_damaged_settings_are_named(tmp_path):
+    unit = Unit(3, 2)
+    folder = UnitFolder(tmp_path / "job", [unit], {"seed": 1})
+    folder.write(unit, np.zeros((2, 4, 4, 3), np.uint8))
+    assert folder.missing() == []
+    (folder.path / unit.file_name).write_bytes(b"")
+    assert folder.missing() == [unit]
+    (folder.path / "settings.json").write_text("")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged .*delete .*job and start the job again"):
+        UnitFolder(tmp_path / "job", [unit], {"seed": 1})

@@ -15,7 +15,7 @@ from tiny_judges import save_clip
 import experiment
 import train_t2i
 from dataset.captions import caption_dataset, load_captions, load_metadata
-from img_gen_grpo_trainer import ImgGenGRPOConfig, ImgGenGRPOTrainer
+from img_gen_grpo_trainer import ImgGenGRPOConfig, ImgGenGRPOTrainer, side_by_side
 from llamagen.text import T5TextEncoder
 from llamagen.text_store import write_text_features
 from worlds import WORDS, brightness, make_policy, make_processor, make_t5, make_vq
@@ -92,13 +92,12 @@ def trainer(tmp_path, t5):
         config = ImgGenGRPOConfig(
             output_dir=str(tmp_path / "run"),
             per_device_train_batch_size=4,
-            num_generations=2,
             use_cpu=True,
             bf16=False,
             report_to=[],
             image_grid_steps=0,
             gradient_checkpointing=False,
-            **settings,
+            **{"num_generations": 2, **settings},
         )
         dataset = caption_dataset(CAPTIONS, 8, seed=0)
         processor = make_processor(policy, text_encoder=encoder)
@@ -133,6 +132,44 @@ def test_rollout_log_probs_equal_replayed_ones_for_captions_of_all_lengths(train
         torch.testing.assert_close(sampled.logps, alone, atol=2e-5, rtol=0)
     else:
         assert (sampled.logps - alone).abs().max() > 0.01  # guidance did something
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 4, "num_iterations": 2}])
+def test_rollouts_of_a_caption_share_a_batch_of_the_update(trainer, monkeypatch, settings):
+    # 4 captions x 4 rollouts in batches of 4: TRL shuffles them, one batch then holds most captions
+    run = trainer("left", P, num_generations=4, gradient_accumulation_steps=4, max_steps=2, **settings)
+    seen = []
+    scored = ImgGenGRPOTrainer._compute_loss
+
+    def record(self, model, inputs):
+        seen.append(len(inputs["prompt_ids"].unique(dim=0)))
+        return scored(self, model, inputs)
+
+    monkeypatch.setattr(ImgGenGRPOTrainer, "_compute_loss", record)
+    run.train()
+    assert len(seen) == 2 * 4 and set(seen) == {1}
+
+
+def test_rows_put_side_by_side_stay_whole_and_in_their_step():
+    kinds = torch.tensor([[1, 1], [0, 7], [1, 1], [0, 7], [0, 7], [5, 5], [1, 1], [5, 5]])
+    rows = torch.arange(8)
+    batches = [
+        {
+            "prompt_ids": kinds[i : i + 2],
+            "advantages": rows[i : i + 2],
+            "num_items_in_batch": torch.tensor(9),
+            "no": None,
+        }
+        for i in range(0, 8, 2)
+    ]
+    moved = side_by_side(batches, per_step=2)
+    # by hand: [0, 7] sorts before [1, 1] and [5, 5]; rows 0..3 stay in the first step, 4..7 in the second
+    assert [batch["advantages"].tolist() for batch in moved] == [[1, 3], [0, 2], [4, 6], [5, 7]]
+    for batch in moved:
+        assert batch["prompt_ids"].equal(kinds[batch["advantages"]])
+        assert batch["num_items_in_batch"] == 9 and batch["no"] is None
+    labels = [{"prompt_ids": kinds[:, :1]}]
+    assert side_by_side(labels, per_step=1) is labels
 
 
 def conditional_logps(trainer, sequence):

@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmark.archives import write_json
 from benchmark.clusters import Estimate, cluster_means, estimate, estimate_text, paired_change
 from benchmark.drawbench.metrics import metric_of
+from benchmark.files import write_json
 from benchmark.geneval.detections import file_digest, read_json_lines
 from benchmark.geneval.evaluate import pictures_of, prompt_folders
 from benchmark.sample_captions import METADATA_NAME, RECORD_NAME

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmark.curves import write_atomically
+from benchmark.files import write_atomically
 from benchmark.paper.costs import Cost, cost_of, in_words
 from benchmark.paper.exhibits import FIGURES, TABLES, Curves, Table
 from benchmark.paper.plan import Unavailable

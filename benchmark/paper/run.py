@@ -27,9 +27,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from benchmark.archives import write_json
-from benchmark.curves import scalar_curves, write_atomically
+from benchmark.curves import scalar_curves
 from benchmark.drawbench.metrics import DRAWBENCH
+from benchmark.files import write_atomically, write_json
 from benchmark.models import FINAL, fingerprint
 from benchmark.paper.plan import QUARTERS, TOY_CONFIGS, Point, Run, load_config
 from benchmark.sampling import check_same_settings

@@ -17,7 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmark.archives import ImageArchive, write_json
+from benchmark.archives import ImageArchive
+from benchmark.files import write_json
 from benchmark.geneval.evaluate import find_samples
 from dataset.labels import class_caption
 from img_gen_grpo_rewards import RewardArguments, RewardSuite, build_rewards
