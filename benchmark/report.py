@@ -6,8 +6,9 @@ Reads what a run folder holds and says on the page what it does not hold:
 
     trainer_state.json              Hugging Face `log_history`; that of the newest checkpoint-*/ if it reaches further
     samples/step-000050.png         grids of the run's fixed prompts, one a saved step
-    before_after.png                the same prompts before and after training
-    summary.json                    numbers of the run: reward_before, reward_after, truth_before, ..., seconds_train
+    before_after.png                the same prompts before and after training; the first and the last grid without it
+    summary.json                    numbers of the run: reward_before, reward_after, truth_before, ..., seconds_train;
+                                    without it the numbers on top are those of the log
     settings.json                   the arguments of the run; under "versions", if present, what it ran on
 
 The page needs no server, no network and no other file.
@@ -47,8 +48,8 @@ from benchmark.curves import (
     scalar_curves,
     svg_chart,
     to_number,
-    write_atomically,
 )
+from benchmark.files import write_atomically
 
 __all__ = ["Run", "main", "plot_curves", "read_run", "write_report"]
 
@@ -60,6 +61,8 @@ MAX_IMAGE_WIDTH = 1600
 VERSIONED = ("torch", "torchvision", "transformers", "trl", "accelerate", "open_clip_torch", "safetensors", "numpy")
 SECRET = re.compile(r"(api_?key|secret|password|hub_token)$", re.IGNORECASE)
 BEFORE_AFTER = re.compile(r"(.+)_(before|after)")
+
+Pair = tuple[str, float | None, float | None]  # name, before, after
 
 
 @dataclass
@@ -114,7 +117,8 @@ def read_run(run_dir: str | Path) -> Run:
     if not run.folder.is_dir():
         raise ValueError(f"{run_dir} is no folder: expected the --output_dir of a training run")
     run.log_history, run.log_file = _read_log(run)
-    run.summary = _read_json(run, "summary", run.folder / "summary.json")
+    if (path := run.folder / "summary.json").exists():  # of a quickstart; an ordinary run never has one
+        run.summary = _read_json(run, "summary", path)
     run.settings = _read_json(run, "settings", run.folder / "settings.json")
     for picture in (run.folder / "samples").glob("step-*"):
         if match := re.fullmatch(r"step-(\d+)\.(png|jpe?g|webp)", picture.name):
@@ -124,8 +128,10 @@ def read_run(run_dir: str | Path) -> Run:
         run.missing["grids"] = "No grids: the folder has no samples/step-000000.png or the like."
     if (picture := run.folder / "before_after.png").is_file():
         run.before_after = picture
-    else:
-        run.missing["before_after"] = "No picture of before and after: the folder has no before_after.png."
+    elif len(run.grids) < 2:
+        run.missing["before_after"] = (
+            "No picture of before and after: the folder has no before_after.png and no two grids in samples/."
+        )
     if not (run.log_history or run.grids or run.before_after or run.summary or run.settings):
         raise ValueError(
             f"{run_dir} is no run folder: nothing to read in trainer_state.json (or checkpoint-*/), "
@@ -138,33 +144,66 @@ def read_run(run_dir: str | Path) -> Run:
 def _header(title: str, run: Run, curves: dict[str, Curve]) -> str:
     facts = "No training log"
     if run.log_file is not None and curves:
-        last = max(curve[-1][0] for curve in curves.values())
         source = run.log_file.relative_to(run.folder).as_posix()
-        facts = f"{len(curves)} scalars up to step {number_text(last)}, from {source}"
+        facts = f"{len(curves)} scalars up to step {number_text(_last_step(curves))}, from {source}"
+    pairs, singles, note = _summary_numbers(run) if run.summary else _log_numbers(curves)
     tiles = []
-    for name, before, after in _pairs(run.summary):
+    for name, before, after in pairs:
         tone = ""
         if before is not None and after is not None and name.startswith(("reward", "truth")):
             tone = ' class="up"' if after > before else ' class="down"' if after < before else ""
         tiles.append(
-            f'<div class="tile"><span>{_escape(name)}</span><b>{number_text(before)} → {number_text(after)}</b>'
+            f'<div class="tile"><span>{_breakable(name)}</span><b>{number_text(before)} → {number_text(after)}</b>'
             f"<span{tone}>{_change(before, after)}</span></div>"
         )
-    for name, value in run.summary.items():
-        if not BEFORE_AFTER.fullmatch(name) and to_number(value) is not None:
-            label, shown = _label(name, value)
-            tiles.append(f'<div class="tile"><span>{_escape(label)}</span><b>{_escape(shown)}</b></div>')
+    for name, value in singles:
+        label, shown = _label(name, value)
+        tiles.append(f'<div class="tile"><span>{_breakable(label)}</span><b>{_escape(shown)}</b></div>')
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f'<header><h1>{_escape(title)}</h1><p class="soft">{_escape(facts)}. Page written {written}.</p></header>'
-        f'{_missing(run, "summary")}<div class="tiles">{"".join(tiles)}</div>'
+        f'{_missing(run, "summary")}<div class="tiles">{"".join(tiles)}</div>{note}'
     )
+
+
+def _summary_numbers(run: Run) -> tuple[list[Pair], list[tuple[str, Any]], str]:
+    """What the tiles show of a summary: pairs, single numbers, and the sentence below them."""
+    singles = [item for item in run.summary.items() if not BEFORE_AFTER.fullmatch(item[0])]
+    return _pairs(run.summary), [item for item in singles if to_number(item[1]) is not None], ""
+
+
+def _log_numbers(curves: dict[str, Curve]) -> tuple[list[Pair], list[tuple[str, Any]], str]:
+    """The same of a log: rewards, KL and entropy from their first entry to the mean of their last tenth."""
+    if not curves:
+        return [], [], ""
+    pairs: list[Pair] = []
+    for name in sorted(curves, key=main_order):
+        if is_drawn(curves[name]) and (REWARD.match(name) or name in ("kl", "entropy")):
+            values = _finite(curves[name])
+            pairs.append((name, values[0], _mean_of_last_tenth(values)))
+    singles: list[tuple[str, Any]] = [("steps", _last_step(curves))]
+    if runtimes := _finite(curves.get("train_runtime", [])):
+        singles.append(("seconds_train", runtimes[-1]))
+    what = '<p class="soft">Numbers of the training log: first entry → mean of the last tenth of the entries.</p>'
+    return pairs, singles, what if pairs else ""
 
 
 def _before_after(run: Run) -> str:
     body = _missing(run, "before_after")
     if run.before_after is not None:
-        body = f'<div class="panel">{_picture(run.before_after, "The same prompts before and after training")}</div>'
+        picture = _picture(run.before_after, "The same prompts before and after training")
+        body = f'<div class="panel">{_scroll(picture, "Before and after", "shots")}</div>'
+    elif len(run.grids) >= 2:
+        figures = [
+            f"<figure><figcaption>step {step:,}</figcaption>"
+            f"{_picture(path, f'The fixed prompts at step {step:,}')}</figure>"
+            for step, path in (run.grids[0], run.grids[-1])
+        ]
+        body = (
+            '<p class="soft">The first and the last grid: the same prompts and the same noise, each row from the best '
+            "sample to the worst. Both are larger below, under Samples over time.</p>"
+            f'<div class="panel">{_scroll("".join(figures), "First and last grid", "shots pair")}</div>'
+        )
     return f"<section><h2>Before and after</h2>{body}</section>"
 
 
@@ -186,7 +225,7 @@ def _grids(run: Run) -> str:
         f'<section><h2>Samples over time</h2><p class="soft">{note}</p><div class="panel frames">'
         '<div class="slider" hidden><label for="grid-step">Step</label>'
         f'<input id="grid-step" type="range" min="0" max="{last}" value="{last}" step="1">'
-        f'<output for="grid-step"></output></div>{"".join(figures)}</div></section>'
+        f'<output for="grid-step"></output></div>{_scroll("".join(figures), "Grids", "shots")}</div></section>'
     )
 
 
@@ -229,7 +268,7 @@ def _numbers(run: Run, curves: dict[str, Curve]) -> str:
         parts.append(_table([_row(*_label(name, value)) for name, value in rest], "Numbers of the run"))
     if curves:
         head = (
-            '<tr><th>scalar</th><th class="n">first</th><th class="n">last</th><th class="n">lowest</th>'
+            '<tr><th>scalar</th><th class="n">last</th><th class="n">first</th><th class="n">lowest</th>'
             '<th class="n">highest</th><th class="n">mean, last tenth</th><th class="n">entries</th></tr>'
         )
         table = _table([_scalar_row(name, curves[name]) for name in sorted(curves, key=main_order)], "Scalars", head)
@@ -238,14 +277,26 @@ def _numbers(run: Run, curves: dict[str, Curve]) -> str:
 
 
 def _scalar_row(name: str, curve: Curve) -> str:
-    values = [value for _, value in curve if not math.isnan(value)]
+    values = _finite(curve)
     numbers: list[float | None] = [None] * 5
     if values:
-        tail = values[-math.ceil(len(values) / 10) :]
-        numbers = [values[0], values[-1], min(values), max(values), sum(tail) / len(tail)]
+        numbers = [values[-1], values[0], min(values), max(values), _mean_of_last_tenth(values)]
     gaps = len(curve) - len(values)
     count = f"{len(curve):,}" + (f" ({gaps} not finite)" if gaps else "")
     return _cells(name, *map(number_text, numbers), count)
+
+
+def _finite(curve: Curve) -> list[float]:
+    return [value for _, value in curve if not math.isnan(value)]
+
+
+def _mean_of_last_tenth(values: list[float]) -> float:
+    tail = values[-math.ceil(len(values) / 10) :]
+    return sum(tail) / len(tail)
+
+
+def _last_step(curves: dict[str, Curve]) -> float:
+    return max(curve[-1][0] for curve in curves.values())
 
 
 def _settings(run: Run) -> str:
@@ -311,8 +362,8 @@ def _read_json(run: Run, part: str, path: Path) -> dict[str, Any]:
     return content
 
 
-def _pairs(summary: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """(name, before, after) of each number that the summary holds as NAME_before or NAME_after."""
+def _pairs(summary: dict[str, Any]) -> list[Pair]:
+    """Each number that the summary holds as NAME_before or NAME_after."""
     names = dict.fromkeys(match[1] for key in summary if (match := BEFORE_AFTER.fullmatch(key)))
     pairs = [
         (name, to_number(summary.get(f"{name}_before")), to_number(summary.get(f"{name}_after"))) for name in names
@@ -383,18 +434,27 @@ def _absent(names: set[str]) -> str:
 
 def _table(rows: list[str], label: str, head: str = "") -> str:
     head = f"<thead>{head}</thead>" if head else ""
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_escape(label)}"><table>{head}'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return _scroll(f"<table>{head}<tbody>{''.join(rows)}</tbody></table>", label)
+
+
+def _scroll(body: str, label: str, kind: str = "") -> str:
+    """A box as wide as the page that scrolls sideways where its body is wider."""
+    inner = f'<div class="{kind}">{body}</div>' if kind else body
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{_escape(label)}">{inner}</div>'
 
 
 def _row(name: str, value: Any) -> str:
-    return f'<tr><th scope="row">{_escape(name)}</th><td class="text">{_escape(value)}</td></tr>'
+    return f'<tr><th scope="row">{_breakable(name)}</th><td class="text">{_escape(value)}</td></tr>'
 
 
 def _cells(name: str, *numbers: str) -> str:
-    return f'<tr><th scope="row">{_escape(name)}</th>{"".join(f"<td class=n>{_escape(n)}</td>" for n in numbers)}</tr>'
+    cells = "".join(f'<td class="n">{_escape(number)}</td>' for number in numbers)
+    return f'<tr><th scope="row">{_breakable(name)}</th>{cells}</tr>'
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow column breaks after a slash, an underscore or a dot."""
+    return re.sub(r"(?<=[/_.])", "<wbr>", _escape(name))
 
 
 def _escape(value: Any) -> str:
@@ -407,12 +467,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the page to write; RUN/report.html by default")
     parser.add_argument("--curves", type=Path, help="also draw the main curves into this PNG, as for a README")
     args = parser.parse_args(argv)
+    for option, path, name in (("--out", args.out, "report.html"), ("--curves", args.curves, "curves.png")):
+        if path is not None and path.is_dir():
+            parser.error(f"{option} {path} is a folder: give the file to write, like {path / name}")
     try:
         written = [write_report(args.run, args.out)]
         if args.curves is not None:
             written.append(plot_curves(read_run(args.run).log_history, args.curves))
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error}: --out and --curves take a file in a folder that can be written")
     sys.stdout.writelines(f"{path}\n" for path in written)
 
 

@@ -1,4 +1,7 @@
-"""The page about a run: it holds everything by itself, shows every scalar, escapes text, and says what is missing."""
+"""The page about a run: it holds everything by itself, shows every scalar, escapes text, and says what is missing.
+
+Where a Chromium is installed, it opens the page and says what a reader on a phone and at a desk would see.
+"""
 
 import base64
 import html
@@ -6,6 +9,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +20,12 @@ from PIL import Image
 from benchmark.curves import centred_mean, nice_ticks, scalar_curves
 from benchmark.report import main, plot_curves, read_run, write_report
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--allow-file-access-from-files", "--window-size=1400,900"),  # the probe reads a frame that is another file
+]
 HOSTILE = "</script><script>alert('x')</script>"
 LOG = [
     {
@@ -60,8 +71,32 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def ordinary_run(tmp_path: Path) -> Path:
+    """What train_c2i.py alone leaves: no summary.json, no before_after.png, but a log and grids of real size."""
+    folder = tmp_path / "ordinary"
+    (folder / "samples").mkdir(parents=True)
+    log = [
+        {
+            "step": step,
+            "reward": 1.0 * step,
+            "rewards/clip/mean": 2.0 * step,
+            "rewards/clip/std": 0.1,
+            "kl": 0.5,
+            "entropy": 100.0 - step,
+            "sampling/logp_difference/max": 1.2345e-05 * step,
+        }
+        for step in range(1, 21)
+    ] + [{"step": 20, "train_runtime": 252.0, "a_scalar_whose_name_has_no_place_to_break": 1.0}]
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 20, "log_history": log}))
+    (folder / "settings.json").write_text(json.dumps({"command": ["train_c2i.py", "--output_dir", "/x" * 200]}))
+    for step in (0, 10, 20):
+        Image.new("RGB", (804, 540), (10 * step, 0, 0)).save(folder / "samples" / f"step-{step:06d}.png")
+    return folder
+
+
 class _Page(HTMLParser):
-    """Tags with their attributes, and the text a reader sees."""
+    """Tags with their attributes, and the text a reader sees; <wbr> does not divide a text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,7 +108,11 @@ class _Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        if data.strip() and self.tags[-1][0] not in ("script", "style"):
+        if not data.strip():
+            return
+        if self.tags[-1][0] == "wbr":
+            self.text[-1] += data.strip()
+        elif self.tags[-1][0] not in ("script", "style"):
             self.text.append(data.strip())
 
 
@@ -156,6 +195,56 @@ def test_what_the_run_folder_lacks_is_said(tmp_path):
     assert "Read when this page was written" in text
 
 
+def test_an_ordinary_run_shows_its_first_and_last_grid_and_no_warning(ordinary_run):
+    page = _read(write_report(ordinary_run))
+    assert not [attrs for _, attrs in page.tags if attrs.get("class") == "missing"]
+    shown = [attrs for tag, attrs in page.tags if tag == "img" and attrs["alt"].startswith("The fixed prompts")]
+    assert [attrs["alt"] for attrs in shown] == ["The fixed prompts at step 0", "The fixed prompts at step 20"]
+    assert [base64.b64decode(attrs["src"].partition("base64,")[2]) for attrs in shown] == [
+        (ordinary_run / "samples" / f"step-{step:06d}.png").read_bytes() for step in (0, 20)
+    ]
+    section = page.text[page.text.index("Before and after") : page.text.index("Samples over time")]
+    assert section[-2:] == ["step 0", "step 20"]
+
+
+def test_without_a_summary_the_numbers_on_top_are_those_of_the_log(ordinary_run):
+    text = _read(write_report(ordinary_run)).text
+    # 20 entries: the last tenth is steps 19 and 20. By hand: (19 + 20) / 2, twice that, (81 + 80) / 2
+    note = "Numbers of the training log: first entry → mean of the last tenth of the entries."
+    tiles = text[text.index("reward") : text.index(note)]
+    assert tiles == [
+        *("reward", "1 → 19.5", "+18.5"),
+        *("rewards/clip/mean", "2 → 39", "+37"),
+        *("kl", "0.5 → 0.5", "+0"),
+        *("entropy", "99 → 80.5", "-18.5"),
+        *("steps", "20"),
+        *("time, train", "4 min 12 s"),
+    ]
+
+
+def test_a_summary_comes_before_the_log_and_a_torn_one_is_said(run_dir):
+    page = _read(write_report(run_dir))
+    assert not any("Numbers of the training log" in text for text in page.text)
+    assert not any((attrs.get("alt") or "").startswith("The fixed prompts") for _, attrs in page.tags)
+    (run_dir / "summary.json").write_text('{"reward_before": ')
+    text = " ".join(_read(write_report(run_dir)).text)
+    assert "summary.json cannot be read" in text and "0.25 → 2" in text  # reward: first and last of LOG
+
+
+def test_one_grid_is_no_before_and_after(ordinary_run):
+    for step in (0, 10):
+        (ordinary_run / "samples" / f"step-{step:06d}.png").unlink()
+    text = " ".join(_read(write_report(ordinary_run)).text)
+    assert "no before_after.png and no two grids" in text and "The first and the last grid" not in text
+
+
+def test_the_last_value_stands_beside_the_name(ordinary_run):
+    text = _read(write_report(ordinary_run)).text
+    start = text.index("scalar")
+    columns = ["scalar", "last", "first", "lowest", "highest", "mean, last tenth", "entries"]
+    assert text[start : start + 14] == [*columns, *("reward", "20", "1", "1", "20", "19.5", "20")]
+
+
 def test_a_broken_picture_is_said_and_the_rest_is_shown(run_dir):
     (run_dir / "samples" / "step-000020.png").write_bytes(b"not a picture")
     text = " ".join(_read(write_report(run_dir)).text)
@@ -231,3 +320,87 @@ def test_command_line_writes_page_and_picture(run_dir, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "absent")])
     assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--curves"])
+def test_a_folder_is_no_file_to_write(run_dir, tmp_path, capsys, option):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    with pytest.raises(SystemExit):
+        main([str(run_dir), option, str(folder)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{option} {folder} is a folder: give the file to write, like {folder}/" in last
+    assert not any(folder.iterdir()) and not (run_dir / "report.html").exists()
+
+
+def test_a_path_that_cannot_be_written_is_named_in_one_line(run_dir, capsys):
+    with pytest.raises(SystemExit):
+        main([str(run_dir), "--out", str(run_dir / "settings.json" / "page.html")])
+    assert str(run_dir / "settings.json") in capsys.readouterr().err.splitlines()[-1]
+
+
+def _open_in_browser(page: Path, width: int) -> dict:
+    """What a browser finds on a page shown `width` pixels wide, every <details> open and the slider moved once around.
+
+    The page lies in a frame of that width: the window of a headless Chromium is never narrower than 500 pixels.
+    """
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        f'''<!doctype html><iframe style="border:0" width="{width}" height="844" src="{page.name}"></iframe><script>
+        onload = () => {{
+          const view = document.querySelector("iframe").contentWindow, page = view.document;
+          const visible = (element) => element.getClientRects().length > 0;
+          const box = (element) => element.getBoundingClientRect();
+          page.querySelectorAll("details").forEach((details) => {{ details.open = true; }});
+          const range = page.querySelector("input[type=range]"), slider = [];
+          for (let value = 0; value <= Number(range.max); value++) {{
+            range.value = value;
+            range.dispatchEvent(new view.Event("input"));
+            const grids = [...page.querySelectorAll(".frames figure")].filter(visible);
+            slider.push([page.querySelector("output").textContent, ...grids.map((figure) => figure.dataset.label)]);
+          }}
+          const root = page.documentElement, table = page.querySelector("details table");
+          const row = table.tBodies[0].rows[0], scroller = table.closest(".scroll");
+          const lastColumn = box(row.cells[1]).right;
+          scroller.scrollLeft = 1e6;
+          document.body.dataset.found = JSON.stringify({{
+            slider, width: view.innerWidth, page_width: root.scrollWidth, last_column: lastColumn,
+            name_left: box(row.cells[0]).left - box(scroller).left, entries_right: box(row.cells[6]).right,
+            scrolled: scroller.scrollLeft,
+            pictures: [...page.querySelectorAll("img")].filter(visible).map((image) => box(image).width),
+            pair_tops: [...page.querySelectorAll(".pair img")].map((image) => box(image).top),
+            loaded: view.performance.getEntriesByType("resource").map((entry) => entry.name),
+          }});
+        }};
+        </script>''',
+        encoding="utf-8",
+    )
+    profile = page.with_name(f"profile-{width}")
+    command = [BROWSER, *BROWSER_FLAGS, f"--user-data-dir={profile}", "--dump-dom", frame.resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    found = [attrs["data-found"] for _, attrs in _Page(done.stdout).tags if "data-found" in attrs]
+    assert found, f"the page did not load, or the probe failed: {done.stderr[-2000:]}"
+    return json.loads(found[0])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
+def test_on_a_phone_the_slider_works_and_only_boxes_scroll_sideways(ordinary_run, tmp_path):
+    found = _open_in_browser(write_report(ordinary_run, tmp_path / "browser" / "page.html"), 390)
+    assert found["slider"] == [[f"step {step}", f"step {step}"] for step in (0, 10, 20)]  # one grid, the one named
+    assert found["width"] == 390 and found["page_width"] <= 390
+    assert found["loaded"] == []
+    assert len(found["pictures"]) == 3 and min(found["pictures"]) >= 640  # first, last, and one of the slider's
+    first, last = found["pair_tops"]
+    assert last > first + 400  # below each other: 804 x 540 pictures
+    # Of the scalars a reader sees name and last value at once, and after scrolling still the name, and the last column
+    assert found["last_column"] < 390 and found["scrolled"] > 0
+    assert found["name_left"] == pytest.approx(1, abs=1) and found["entries_right"] < 390
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
+def test_at_a_desk_the_first_and_the_last_grid_are_side_by_side(ordinary_run, tmp_path):
+    found = _open_in_browser(write_report(ordinary_run, tmp_path / "browser" / "page.html"), 1280)
+    first, last = found["pair_tops"]
+    assert first == last
+    assert found["width"] == 1280 and found["page_width"] <= 1280 and found["scrolled"] == 0
+    assert found["loaded"] == []
