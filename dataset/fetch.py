@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import sys
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -93,9 +93,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := set(args.names) - PUBLIC_FILES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(PUBLIC_FILES)}")
+    failed = False
     for name in args.names or PUBLIC_FILES:
         for public_file in PUBLIC_FILES[name]:
-            sys.stdout.write(f"{fetch(public_file, args.into)}\n")
+            try:
+                sys.stdout.write(f"{fetch(public_file, args.into)}\n")
+            except ValueError as error:  # the other files may still be had
+                sys.stderr.write(f"error: {error}\n")
+                failed = True
+    if failed:
+        sys.exit(1)
 
 
 def _download(public_file: PublicFile, path: Path) -> bytes:
@@ -105,7 +112,7 @@ def _download(public_file: PublicFile, path: Path) -> bytes:
     try:
         with urllib.request.urlopen(public_file.url, timeout=TIMEOUT_S) as response:
             return response.read(public_file.num_bytes + 1)  # one more tells a longer file apart
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{public_file.url} cannot be reached ({error}). {_by_hand(public_file, path)}") from error
 
 

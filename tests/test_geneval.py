@@ -1,17 +1,20 @@
 """GenEval: the published scorer's answers, the detector's post-processing, colours, and the command line."""
 
+import hashlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmark.geneval.__main__ import main
+from benchmark.geneval.__main__ import OBJECT_NAMES, main
 from benchmark.geneval.detect import ColorClassifier, InstanceDetector, crop_objects, find_instances, prepare_image
 from benchmark.geneval.detections import (
     Detections,
@@ -36,6 +39,8 @@ from benchmark.geneval.scoring import (
     summarize,
     summary_table,
 )
+from benchmark.geneval.weights import require_color_model, require_detector
+from img_gen_grpo_rewards import RewardArguments, build_rewards
 from reward_utils.arguments import ScorerArguments
 from reward_utils.registry import build_scorers
 
@@ -407,7 +412,7 @@ def test_exported_detections_are_scored(images, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["task_scores"]["single_object"] == 0.0
 
 
-def test_native_detection_runs_offline_and_goes_on_where_it_stopped(images, tiny_detector, tiny_clip, tmp_path, capsys):
+def test_native_detection_runs_offline_and_goes_on_where_it_stopped(images, tiny_detector, tiny_clip, tmp_path):
     names = tmp_path / "object_names.txt"
     names.write_text("\n".join(NAMES) + "\n")
     detector = ["--detector", str(tiny_detector), "--object-names", str(names), "--color-model", tiny_clip]
@@ -425,9 +430,15 @@ def test_native_detection_runs_offline_and_goes_on_where_it_stopped(images, tiny
     (out / "detections.jsonl").write_text("\n".join([lines[0], lines[3], lines[2][:40]]))
     main(arguments)
     assert (out / "results.jsonl").read_text() == whole
-    with pytest.raises(SystemExit):
-        main([*arguments, "--color-model", "another"])
-    assert "choose another --out" in capsys.readouterr().err
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["object_names"] == hashlib.sha256(names.read_bytes()).hexdigest()[:16]  # not the names themselves
+    for other, changed in (
+        (["--color-model", "another"], rf"made with color_model '{tiny_clip[:48]}', now it is color_model 'another'"),
+        (["--detections", str(out / "results.jsonl")], r"object_names '[0-9a-f]{16}', now it is detections '[0-9a-f]"),
+    ):
+        with pytest.raises(SystemExit, match=f"{changed}.*: choose another --out, or delete that folder$") as stopped:
+            main([*arguments, *other])
+        assert len(str(stopped.value)) - len(str(out)) < 250
 
 
 def test_a_changed_image_is_looked_at_again_and_an_unchanged_one_is_not(images, tmp_path):
@@ -444,15 +455,16 @@ def test_a_changed_image_is_looked_at_again_and_an_unchanged_one_is_not(images, 
         asked.append((name, boxes[:, 4].tolist(), [mask is not None for mask in masks]))
         return ["red"] * len(boxes)
 
-    found = detect_all(samples, out, detector, classifier, settings={"detector": "a"}, batch_size=3)
+    models = (lambda: detector, lambda: classifier)
+    found = detect_all(samples, out, *models, settings={"detector": "a"}, batch_size=3)
     assert len(looked) == 4
     assert asked == [("dog", [np.float32(0.95)], [True])] * 2  # the best box alone, of the coloured prompt alone
     assert found["00000/samples/0000.png"].colors == {"dog": [None, "red"]}
     _picture(32, 32, 99).save(samples[1].path)
-    detect_all(samples, out, detector, classifier, settings={"detector": "a"}, batch_size=3)
+    detect_all(samples, out, *models, settings={"detector": "a"}, batch_size=3)
     assert looked[4:] == ["00000/samples/0001.png"] and len(asked) == 3
     with pytest.raises(ValueError, match=r"made with .*'a'.*now it is .*'b'.*choose another --out"):
-        detect_all(samples, out, detector, classifier, settings={"detector": "b"})
+        detect_all(samples, out, *models, settings={"detector": "b"})
 
 
 def test_a_colour_that_a_new_threshold_asks_for_is_told_from_the_mask_on_disk(images, tmp_path):
@@ -466,9 +478,10 @@ def test_a_colour_that_a_new_threshold_asks_for_is_told_from_the_mask_on_disk(im
         asked.extend(masks)
         return ["red"]
 
-    detect_all(samples, out, detector, classifier, settings={}, options=ScoringOptions(threshold=0.97))
+    models = (lambda: detector, lambda: classifier)
+    detect_all(samples, out, *models, settings={}, options=ScoringOptions(threshold=0.97))
     assert not asked  # no box counts
-    found = detect_all(samples, out, None, classifier, settings={})
+    found = detect_all(samples, out, None, lambda: classifier, settings={})
     assert len(asked) == 1 and np.array_equal(asked[0], ~mask)
     assert found[samples[0].filename].colors == {"dog": [None, "red"]}
     again = detect_all(samples, out, None, None, settings={})  # now it is on disk
@@ -499,18 +512,207 @@ def test_export_from_the_official_environment_is_read_back(images, tmp_path, mon
         ExportedDetections(out)(samples, [])
 
 
-def test_folders_that_are_not_the_benchmark_s_are_refused(tmp_path, images, capsys):
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """No model in the local cache, and a hub that cannot be reached; returns what is asked of it."""
+    asked = []
+
+    def unreachable(repository, filename):
+        asked.append((repository, filename))
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "file_exists", unreachable)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return asked
+
+
+@pytest.fixture
+def names_file(tmp_path):
+    path = tmp_path / "object_names.txt"
+    path.write_text("\n".join(NAMES) + "\n")
+    return path
+
+
+def test_a_missing_detector_is_one_line_before_anything_is_written(images, empty_cache, names_file, monkeypatch):
+    arguments = [str(images), "--object-names", str(names_file), "--detector", "someone/mask2former"]
+    remedy = r"Fetch it with hf download someone/mask2former --local-dir weights/mask2former and pass the folder\.$"
+    missing = r"^error: GenEval's detector: someone/mask2former is not in the local cache and "
+    with pytest.raises(
+        SystemExit, match=missing + r"the hub cannot be asked: Name or service.*\. " + remedy
+    ) as stopped:
+        main(arguments)
+    assert "\n" not in str(stopped.value)
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda repository, filename: False)
+    with pytest.raises(SystemExit, match=missing + r"the hub has no model\.safetensors or .* " + remedy):
+        main(arguments)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match=missing + r"HF_HUB_OFFLINE is set\. " + remedy):
+        main(arguments)
+    (images / "broken").mkdir()
+    (images / "broken/config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"the folder .*broken has no model\.safetensors\. Save or fetch it again"):
+        main([*arguments[:-1], str(images / "broken")])
+    assert not (images / "geneval").exists()
+
+
+def test_a_detector_that_cannot_be_fetched_after_all_is_the_same_line(empty_cache, monkeypatch):
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    def broken_off(name):
+        raise OSError("We couldn't connect\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda repository, filename: True)
+    monkeypatch.setattr(Mask2FormerForUniversalSegmentation, "from_pretrained", broken_off)
+    with pytest.raises(FileNotFoundError, match=r"detector: cannot load a/b \(We couldn't connect\)\. Fetch it with\n"):
+        InstanceDetector(NAMES, "a/b", device="cpu")
+
+
+COLORS_MISSING = (
+    r"GenEval's colour model: ViT-L-14-quickgelu \(openai\) is not in the local cache and the hub cannot be asked: .* "
+    r"Fetch it with\s+hf download timm/vit_large_patch14_clip_224\.openai --include 'open_clip_\*' --local-dir "
+    r"weights/vit_large_patch14_clip_224\.openai\s+and give the weight file in it as the colour weights\.$"
+)
+
+
+def test_a_missing_colour_model_is_one_line_before_the_first_image(images, tiny_detector, empty_cache, names_file):
+    arguments = [str(images), "--object-names", str(names_file), "--detector", str(tiny_detector), "--device", "cpu"]
+    with pytest.raises(SystemExit, match=f"^error: {COLORS_MISSING}"):
+        main(arguments)
+    assert empty_cache == [("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors")]
+    assert not (images / "geneval").exists()
+    for path in (images / "00000/samples").iterdir():  # of the only prompt with a colour
+        path.unlink()
+    main(arguments)
+    assert len(read_json_lines(images / "geneval/detections.jsonl")) == 2
+
+
+def test_exported_detections_need_the_colour_model_only_where_a_deciding_box_has_no_colour(
+    images, tmp_path, empty_cache
+):
+    exported, out = tmp_path / "exported.jsonl", tmp_path / "out"
+    undecided = [{**EXPORTED[0], "colors": {"dog": ["blue", None]}}, *EXPORTED[1:]]  # row 1 is the best
+    exported.write_text("".join(json.dumps(record) + "\n" for record in undecided))
+    with pytest.raises(SystemExit, match=COLORS_MISSING):
+        main([str(images), "--detections", str(exported), "--out", str(out)])
+    assert not out.exists()
+    decided = [{**EXPORTED[0], "colors": {"dog": [None, "red"]}}, *EXPORTED[1:]]
+    exported.write_text("".join(json.dumps(record) + "\n" for record in decided))
+    main([str(images), "--detections", str(exported), "--out", str(out)])
+    assert len(read_json_lines(out / "detections.jsonl")) == 4
+
+
+def test_a_colour_model_that_cannot_be_fetched_after_all_is_named_and_other_errors_stay(empty_cache, monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda repository, filename: True)
+    for error, expected, words in (
+        (RuntimeError("Failed to download weights for tag 'openai': gone"), FileNotFoundError, r"\(Failed to .*gone\)"),
+        (OSError("disk full"), FileNotFoundError, r"cannot be loaded \(disk full\)\. Fetch it with"),
+        (RuntimeError("CUDA out of memory"), RuntimeError, "^CUDA out of memory$"),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(open_clip, "create_model_and_transforms", fail)
+        with pytest.raises(expected, match=words):
+            ColorClassifier(device="cpu")
+
+
+def test_colour_models_that_are_not_there_are_told_apart(tmp_path, tiny_clip, empty_cache):
+    with pytest.raises(ValueError, match=r"'ViT-XXL' is none of open_clip: open_clip\.list_models\(\) names them"):
+        require_color_model("ViT-XXL", "openai")
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt is no file and no tag .*ViT-L-14-quickgelu: openai"):
+        require_color_model("ViT-L-14-quickgelu", str(tmp_path / "absent.pt"))
+    with pytest.raises(FileNotFoundError, match=r"hf-hub:a/b is not in .*\n +hf download a/b --local-dir weights/b\n"):
+        require_color_model("hf-hub:a/b", None)
+    with pytest.raises(FileNotFoundError, match=rf"the folder {tmp_path} lacks weights\. Save or fetch it again"):
+        require_color_model(f"local-dir:{tmp_path}", None)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"lacks open_clip_config\.json"):
+        require_color_model(f"local-dir:{tmp_path}", None)
+    (tmp_path / "weights.pt").touch()
+    require_color_model("ViT-L-14-quickgelu", str(tmp_path / "weights.pt"))
+    require_color_model(tiny_clip, None)
+
+
+def test_models_in_the_local_cache_need_no_hub(empty_cache, tmp_path):
+    for repository, name in (
+        ("someone/mask2former", "model.safetensors"),
+        ("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors"),
+    ):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"  # the hub's own layout
+        (folder / "snapshots/abc").mkdir(parents=True)
+        (folder / "snapshots/abc" / name).touch()
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("abc")
+    require_detector("someone/mask2former")
+    require_color_model("ViT-L-14-quickgelu", "openai")
+    assert empty_cache == []
+
+
+def test_settings_of_a_run_that_found_nothing_bind_nobody(images, tmp_path):
+    exported, out = tmp_path / "exported.jsonl", tmp_path / "out"
+    exported.write_text("".join(json.dumps(record) + "\n" for record in EXPORTED))
+    out.mkdir()
+    (out / "settings.json").write_text('{"detector": "another"}')
+    for torn in ("", '{"filename": "00000/sam'):
+        (out / "detections.jsonl").write_text(torn)
+        main([str(images), "--detections", str(exported), "--out", str(out)])
+        assert "detections" in json.loads((out / "settings.json").read_text())
+        (out / "settings.json").write_text('{"detector": "another"}')
+    with pytest.raises(SystemExit, match="made with detector 'another', now it is "):
+        main([str(images), "--detections", str(exported), "--out", str(out)])
+
+
+def test_a_broken_picture_is_named_before_the_detector_is_loaded(images, tmp_path):
+    path = images / "00001/samples/0001.png"
+    whole = path.read_bytes()
+    for content in (b"", b"no picture", whole[: len(whole) // 2], whole[:60] + b"\0\0" + whole[62:]):
+        path.write_bytes(content)
+        words = rf"{path} cannot be read as a picture \({len(content)} bytes\): remove it and sample again"
+        with pytest.raises(ValueError, match=words):
+            detect_all(find_samples(images), tmp_path / "out", pytest.fail, pytest.fail, settings={})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "part, clauses, words",
+    [
+        ("include", [{"class": "dog"}], r"clause 0 of 'include' is \{'class': 'dog'\}; expected \{'class': NAME, 'co"),
+        ("exclude", [{"class": "dog", "count": 1}, {"count": 1}], r"clause 1 of 'exclude' is \{'count': 1\}; expected"),
+        ("include", [{"class": "dog", "count": "2"}], "clause 0 of 'include'"),
+        ("include", ["dog"], "clause 0 of 'include' is dog"),
+        ("include", {"class": "dog"}, "'include' is .*, expected a list of clauses"),
+        ("include", [{"class": "dog", "count": 1, "position": ["above", 0]}], r"\[RELATION, number of an earlier"),
+        ("include", [{"class": "dog", "count": 1, "position": "above"}], "clause 0 of 'include'"),
+    ],
+)
+def test_clauses_that_cannot_be_judged_are_named_before_the_first_image(images, part, clauses, words):
+    prompt = {"tag": "counting", "prompt": "a dog", part: clauses}
+    (images / "00001/metadata.jsonl").write_text(json.dumps(prompt))
+    with pytest.raises(ValueError, match=rf"00001/metadata\.jsonl: .*{words}"):
+        find_samples(images)
+
+
+def test_folders_that_are_not_the_benchmark_s_are_refused(tmp_path, images):
     with pytest.raises(ValueError, match=r"no image under .*expected .*00000/samples/0000\.png"):
         find_samples(tmp_path / "absent")
     (images / "00001" / "metadata.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"00001/metadata\.jsonl holds \{\}; expected .*'tag'"):
         find_samples(images)
-    with pytest.raises(SystemExit):
-        main([str(images), "--object-names", str(tmp_path / "absent.txt")])
-    assert "00001/metadata.jsonl" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"00001/metadata\.jsonl"):
+        main([str(images)])
+    with pytest.raises(SystemExit, match="weaker boxes are not kept"):
         main([str(images), "--threshold", "0.01"])
-    assert "weaker boxes are not kept" in capsys.readouterr().err
+
+
+def test_missing_object_names_are_one_line_and_their_default_lies_in_the_project(images, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^error: .*absent\.txt is no file.*python -m dataset\.fetch geneval"):
+        main([str(images), "--object-names", str(tmp_path / "absent.txt")])
+    assert Path(__file__).parents[1] / "data/geneval/object_names.txt" == OBJECT_NAMES
+    assert not (images / "geneval").exists()
 
 
 # As a training reward -------------------------------------------------------------------------------------------------
@@ -565,5 +767,21 @@ def test_the_reward_sees_what_the_detector_sees(reward_arguments):
 def test_the_reward_without_object_names_says_how_to_get_them(reward_arguments, tmp_path):
     missing = {**reward_arguments, "geneval_object_names": str(tmp_path / "absent.txt")}
     judge = build_scorers(["geneval"], ScorerArguments(**missing))["geneval"]
-    with pytest.raises(ValueError, match=r"absent\.txt is no file.*python -m dataset\.fetch geneval"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt is no file.*python -m dataset\.fetch geneval"):
         judge.check()
+
+
+def test_everything_the_reward_lacks_is_named_beside_a_server_that_does_not_answer(tmp_path, empty_cache):
+    arguments = RewardArguments(
+        geneval_object_names=str(tmp_path / "absent.txt"),
+        geneval_detector="someone/mask2former",
+        deqa_url="http://127.0.0.1:9/",
+        server_retries=0,
+    )
+    with pytest.raises(FileNotFoundError) as missing:
+        build_rewards(["geneval", "deqa"], arguments=arguments)
+    text = str(missing.value)
+    assert re.search(r"absent\.txt is no file.*python -m dataset\.fetch geneval", text)
+    assert "GenEval's detector: someone/mask2former is not in the local cache" in text
+    assert re.search(COLORS_MISSING.removesuffix("$"), text)
+    assert "127.0.0.1:9" in text

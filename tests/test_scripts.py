@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,50 @@ def test_a_python_without_torch_is_one_line_that_says_what_to_do(project, tmp_pa
     assert (called.returncode, called.stdout, called.stderr.count("\n")) == (1, "", 1)
     assert called.stderr.startswith(f"error: {bare} has no torch: run bash quickstart.sh")
     assert "pip install -r requirements.txt" in called.stderr
+
+
+def test_geneval_stays_in_the_callers_folder_so_that_relative_paths_mean_what_they_say(project, tmp_path):
+    python = '#!/bin/sh\necho "$PWD|$PYTHONPATH|$CUDA_VISIBLE_DEVICES|$*"\n'
+    executable(project / ".venv/bin/python", python)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    script = "../project/benchmark/geneval/eval.sh"
+
+    def called(*arguments, **environment):
+        done = bash(mine, script, *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().split("|")
+
+    options = ["--detections", "found.jsonl", "--out", "out"]
+    words = f"-m benchmark.geneval images --device cuda {' '.join(options)}"  # an error where there is no GPU
+    assert called("images", "1", *options, PYTHONPATH="") == [str(mine), str(project), "1", words]
+    assert called("images", "cpu", PYTHONPATH="/a")[1:] == [f"{project}:/a", "", "-m benchmark.geneval images"]
+    assert called("images")[2] == "0"
+
+
+def test_geneval_started_elsewhere_runs_this_project_and_finds_its_own_object_names(tmp_path):
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark/__init__.py").write_text("raise RuntimeError('the caller has a package of this name')")
+    done = bash(tmp_path, str(ROOT / "benchmark/geneval/eval.sh"), "images", "cpu", PYTHON=sys.executable)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no image under images: expected images/00000/samples/0000.png and so on\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "usage: bash eval.sh IMAGES [GPU_RANK]"),
+        (["--detections", "found.jsonl"], "usage: bash eval.sh IMAGES [GPU_RANK]"),
+        (["images", "--out", "out"], "error: GPU_RANK '--out': it takes a GPU (0) or cpu, before any option"),
+        (["images", "0,1"], "error: GPU_RANK '0,1': it takes a GPU (0) or cpu"),
+        (["images", "cuda"], "error: GPU_RANK 'cuda': it takes a GPU (0) or cpu"),
+    ],
+)
+def test_geneval_refuses_what_is_no_gpu(project, arguments, words):
+    executable(project / ".venv/bin/python", ECHO)
+    done = bash(project, "benchmark/geneval/eval.sh", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(words)
 
 
 @pytest.mark.parametrize("script", ["run_c2i_train.sh", "run_t2i_train.sh"])

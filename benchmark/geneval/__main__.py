@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from benchmark.geneval.detect import COLOR_MODEL, COLOR_WEIGHTS, DETECTOR, Color
 from benchmark.geneval.detections import file_digest, read_object_names
 from benchmark.geneval.evaluate import Detector, ExportedDetections, detect_all, find_samples, score_all
 from benchmark.geneval.scoring import ScoringOptions, format_summary, summary_table
+from benchmark.sample_classes import pick_device
 
+OBJECT_NAMES = Path(__file__).parents[2] / "data/geneval/object_names.txt"
 MIN_SCORE = 0.05  # of the rows that are kept on disk; every threshold must be above
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = ScoringOptions(**{field.name: getattr(args, field.name) for field in fields(ScoringOptions)})
     out = args.out or args.images / "geneval"
@@ -29,36 +29,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         if min(options.threshold, options.counting_threshold) < MIN_SCORE:
             raise ValueError(f"thresholds below {MIN_SCORE} are not possible: weaker boxes are not kept")
         samples = find_samples(args.images)
-        detector, settings = _detector(args)
-        classifier = functools.cache(lambda: ColorClassifier(args.color_model, args.color_weights, device=args.device))
+        load_detector, settings = _detector(args)
         found = detect_all(
             samples,
             out,
-            detector,
-            lambda *arguments: classifier()(*arguments),
+            load_detector,
+            lambda: ColorClassifier(args.color_model, args.color_weights, device=pick_device(args.device)),
             settings=settings | {"color_model": args.color_model, "color_weights": args.color_weights},
             options=options,
             batch_size=args.batch_size,
         )
         summary = score_all(samples, found, out, options)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     sys.stdout.write(f"{format_summary(summary)}\n{summary_table(summary)}\n\n{out / 'results.jsonl'}\n")
 
 
-def _detector(args: argparse.Namespace) -> tuple[Detector, dict[str, Any]]:
-    """The source of detections, built when first needed, and the settings that they depend on."""
+def _detector(args: argparse.Namespace) -> tuple[Callable[[], Detector], dict[str, Any]]:
+    """What gives the source of detections, and the settings that they depend on."""
     if args.detections is not None:
         if not args.detections.is_file():
             raise ValueError(f"{args.detections} is no file: expected what benchmark/geneval/export_mmdet.py writes")
-        return ExportedDetections(args.detections), {"detections": file_digest(args.detections)}
+        return lambda: ExportedDetections(args.detections), {"detections": file_digest(args.detections)}
     names = read_object_names(args.object_names)
 
-    @functools.cache
-    def model() -> InstanceDetector:
-        return InstanceDetector(names, args.detector, device=args.device, min_score=MIN_SCORE)
+    def load() -> Detector:
+        model = InstanceDetector(names, args.detector, device=pick_device(args.device), min_score=MIN_SCORE)
+        return lambda samples, pictures: model(pictures)
 
-    return lambda samples, pictures: model()(pictures), {"detector": args.detector, "object_names": names}
+    return load, {"detector": args.detector, "object_names": file_digest(args.object_names)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--object-names",
         type=Path,
-        default=Path("data/geneval/object_names.txt"),
+        default=OBJECT_NAMES,
         help="the benchmark's object names in the order of the detector's classes (%(default)s)",
     )
     parser.add_argument("--color-model", default=COLOR_MODEL, help="open_clip architecture (%(default)s)")

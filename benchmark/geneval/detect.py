@@ -20,6 +20,14 @@ from torch.nn import functional as F
 
 from benchmark.geneval.detections import Detections
 from benchmark.geneval.scoring import COLORS
+from benchmark.geneval.weights import (
+    HF_HUB,
+    LOCAL_DIR,
+    explain_missing_color_model,
+    require_color_model,
+    require_detector,
+)
+from reward_utils.files import explain_missing_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +53,7 @@ class InstanceDetector:
         short_edge, long_edge: images are resized, sides in proportion, until one of the two is reached.
     Raises:
         ValueError: if the detector's classes are not these names.
+        FileNotFoundError: if the detector is neither here nor to be had; says how to get it.
         ImportError: without transformers.
     """
 
@@ -66,7 +75,12 @@ class InstanceDetector:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.min_score = min_score
         self.edges = (short_edge, long_edge)
-        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(model).to(self.device).eval()
+        require_detector(str(model))
+        try:
+            detector = Mask2FormerForUniversalSegmentation.from_pretrained(model)
+        except OSError as error:
+            raise explain_missing_model(str(model), "GenEval's detector", error) from error
+        self.model = detector.to(self.device).eval()
         _check_classes(self.model.config.id2label, self.object_names, model)
 
     @torch.no_grad()
@@ -110,6 +124,7 @@ class ColorClassifier:
         model, weights: as in `open_clip.create_model_and_transforms`; a model "local-dir:FOLDER" brings its weights.
         device: "cuda", "cpu", ...; a GPU if there is one, by default.
     Raises:
+        FileNotFoundError: if the weights are neither here nor to be had; says how to get them.
         ImportError: without open_clip.
     """
 
@@ -122,17 +137,21 @@ class ColorClassifier:
         *,
         device: str | torch.device | None = None,
     ) -> None:
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError("colours are told by a model of open_clip: pip install open_clip_torch") from error
+        require_color_model(model, weights)
+        import open_clip
+
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        weights = None if model.startswith("local-dir:") else weights
-        self.model, _, self._preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=weights, device=self.device
-        )
+        used = None if model.startswith((LOCAL_DIR, HF_HUB)) else weights
+        try:
+            self.model, _, self._preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=used, device=self.device, require_pretrained=True
+            )
+            self._tokenizer = open_clip.get_tokenizer(model)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith(("Failed", "Required")):
+                raise  # of the device, or weights of another size: nothing is missing
+            raise explain_missing_color_model(model, weights, error) from error
         self.model.eval()
-        self._tokenizer = open_clip.get_tokenizer(model)
         self._text_features: dict[str, Tensor] = {}  # object name -> [colours, E]
 
     @torch.no_grad()

@@ -35,10 +35,10 @@ def read_object_names(path: Path) -> list[str]:
     """The benchmark's object names, a line each, in the order of the detector's classes.
 
     Raises:
-        ValueError: if the file is not there; says how to get it.
+        FileNotFoundError: if the file is not there; says how to get it.
     """
     if not path.is_file():
-        raise ValueError(
+        raise FileNotFoundError(
             f"{path} is no file: expected the benchmark's 80 object names, a line each; "
             "fetch them with python -m dataset.fetch geneval, or name a file"
         )

@@ -81,8 +81,8 @@ def pictures_of(folder: Path) -> list[Path]:
 def detect_all(
     samples: Sequence[Sample],
     out: Path,
-    detector: Detector,
-    classifier: Classifier,
+    load_detector: Callable[[], Detector],
+    load_classifier: Callable[[], Classifier],
     *,
     settings: dict[str, Any],
     options: ScoringOptions | None = None,
@@ -90,45 +90,56 @@ def detect_all(
 ) -> dict[str, Detections]:
     """What is in each image, colours included where they decide; everything found is kept in OUT/detections.jsonl.
 
-    An image that is already there, unchanged, is not looked at again.
+    An image that is already there, unchanged, is not looked at again. What can go wrong does so before the first image
+    is looked at and before anything is written: broken pictures, missing models.
 
     Args:
         samples: the images.
         out: folder of the results.
-        detector: samples and their pictures -> detections; called only for images that are new.
-        classifier: a `ColorClassifier` or the like; called only for colours that are missing.
-        settings: what the detections depend on; kept in OUT/settings.json.
+        load_detector: gives the detector; called once if any image is new.
+        load_classifier: gives a `ColorClassifier` or the like; called once if any colour may be asked for.
+        settings: what the detections depend on; kept in OUT/settings.json beside the first detections.
         options: thresholds; they say which boxes need a colour.
         batch_size: images a call of the detector.
     Returns:
         filename -> detections, without masks.
     Raises:
-        ValueError: if OUT holds detections that were made with other settings.
+        ValueError: if OUT holds detections that were made with other settings, or a picture cannot be read.
     """
     options = options or ScoringOptions()
+    log, settings_file = out / "detections.jsonl", out / "settings.json"
+    records = {record["filename"]: record for record in read_json_lines(log)} if log.exists() else {}
+    if records and settings_file.exists():  # settings of a run that found nothing bind nobody
+        _check_settings(settings_file, settings)
+    known = {
+        sample.filename: records[sample.filename]
+        for sample in samples
+        if sample.filename in records and records[sample.filename].get("sha256") == file_digest(sample.path)
+    }
+    fresh = [sample for sample in samples if sample.filename not in known]
+    for sample in fresh:
+        _check_picture(sample.path)
+    detector = load_detector() if fresh else None
+    asks = (_may_ask_color(sample, known.get(sample.filename), detector, options) for sample in samples)
+    classifier = load_classifier() if any(asks) else None
     out.mkdir(parents=True, exist_ok=True)
-    _check_settings(out / "settings.json", settings)
-    log = out / "detections.jsonl"
-    known = {record["filename"]: record for record in read_json_lines(log)} if log.exists() else {}
-    _write_atomically(log, "".join(map(_line, known.values())))  # without a torn last line
+    _write_atomically(settings_file, json.dumps(settings, indent=2))
+    _write_atomically(log, "".join(map(_line, records.values())))  # without a torn last line
     found: dict[str, Detections] = {}
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(samples), desc="geneval", unit="image") as progress:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             digests = [file_digest(sample.path) for sample in batch]
-            records = [known.get(sample.filename, {}) for sample in batch]
             seen = {
-                sample.filename: from_record(record)
-                for sample, record, digest in zip(batch, records, digests)
-                if record.get("sha256") == digest
+                sample.filename: from_record(known[sample.filename]) for sample in batch if sample.filename in known
             }
-            fresh = [sample for sample in batch if sample.filename not in seen]
-            if fresh:
-                seen |= _detect(fresh, detector)
+            new = [sample for sample in batch if sample.filename not in known]
+            if new:
+                seen |= _detect(new, detector)
             for sample, digest in zip(batch, digests):
                 detections = seen[sample.filename]
                 picture = functools.partial(_open, sample.path)
-                if add_colors(sample.metadata, detections, classifier, picture, options) or sample in fresh:
+                if add_colors(sample.metadata, detections, classifier, picture, options) or sample in new:
                     stream.write(_line(to_record(sample.filename, digest, detections)))
                 found[sample.filename] = Detections(detections.boxes, colors=detections.colors)
             stream.flush()
@@ -180,18 +191,26 @@ def add_colors(
     options: ScoringOptions,
 ) -> bool:
     """Fill in the colours that decide; whether one was missing. `picture` is asked for the image only if so."""
-    added = False
-    for name, rows in box_colors_needed(metadata, detections.boxes, **vars(options)).items():
+    missing = missing_colors(metadata, detections, options)
+    for name, rows in missing.items():
         boxes = detections.boxes[name]
         colors = detections.colors.setdefault(name, [None] * len(boxes))
         masks = detections.masks.get(name, [None] * len(boxes))
-        unknown = [row for row in rows if colors[row] is None]
+        told = classifier(picture(), boxes[rows], [masks[row] for row in rows], name)
+        for row, color in zip(rows, told, strict=True):
+            colors[row] = color
+    return bool(missing)
+
+
+def missing_colors(metadata: dict[str, Any], detections: Detections, options: ScoringOptions) -> dict[str, list[int]]:
+    """The rows whose colour decides and is not known: class name -> indices into its rows, best score first."""
+    missing = {}
+    for name, rows in box_colors_needed(metadata, detections.boxes, **vars(options)).items():
+        colors = detections.colors.get(name)
+        unknown = [row for row in rows if colors is None or colors[row] is None]
         if unknown:
-            told = classifier(picture(), boxes[unknown], [masks[row] for row in unknown], name)
-            for row, color in zip(unknown, told, strict=True):
-                colors[row] = color
-            added = True
-    return added
+            missing[name] = unknown
+    return missing
 
 
 class ExportedDetections:
@@ -224,13 +243,43 @@ class ExportedDetections:
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     expected = "expected the prompt's one line of evaluation_metadata.jsonl, with 'tag' and 'prompt'"
+    clause_form = "expected {'class': NAME, 'count': NUMBER}, 'position' as [RELATION, number of an earlier clause]"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; {expected}") from error
     if not isinstance(metadata, dict) or not {"tag", "prompt"} <= metadata.keys():
         raise ValueError(f"{path} holds {str(metadata)[:80]}; {expected}")
+    for part in ("include", "exclude"):
+        clauses = metadata.get(part) or []
+        if not isinstance(clauses, list):
+            raise ValueError(f"{path}: '{part}' is {str(clauses)[:80]}, expected a list of clauses; {clause_form}")
+        for number, clause in enumerate(clauses):
+            if not _is_clause(clause, number):
+                raise ValueError(f"{path}: clause {number} of '{part}' is {str(clause)[:80]}; {clause_form}")
     return metadata
+
+
+def _is_clause(clause: Any, number: int) -> bool:
+    match clause:
+        case {"class": str(), "count": int(), "position": [str(), int(target)]}:
+            return 0 <= target < number
+        case {"class": str(), "count": int()}:
+            return "position" not in clause
+    return False
+
+
+def _may_ask_color(
+    sample: Sample, record: dict[str, Any] | None, detector: Detector | None, options: ScoringOptions
+) -> bool:
+    """Whether a colour has to be told for an image: exactly if its boxes are known, else if its prompt names one."""
+    if record is None and not isinstance(detector, ExportedDetections):
+        return any("color" in clause for clause in sample.metadata.get("include") or [])
+    if record is None:
+        (found,) = detector([sample], [])
+    else:
+        found = from_record({**record, "masks": None})  # decoding them takes time and tells nothing here
+    return bool(missing_colors(sample.metadata, found, options))
 
 
 def _detect(samples: Sequence[Sample], detector: Detector) -> dict[str, Detections]:
@@ -243,19 +292,40 @@ def _detect(samples: Sequence[Sample], detector: Detector) -> dict[str, Detectio
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _broken(path) from error
+
+
+def _check_picture(path: Path) -> None:
+    """Read a picture's chunks and their checksums, without the pixels."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _broken(path) from error
+
+
+def _broken(path: Path) -> ValueError:
+    return ValueError(f"{path} cannot be read as a picture ({path.stat().st_size} bytes): remove it and sample again")
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    if not path.exists():
-        _write_atomically(path, json.dumps(settings, indent=2))
-    elif (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+    if changed:
         raise ValueError(
-            f"{path.parent} holds detections made with { ({name: before.get(name) for name in changed}) }, now it is "
-            f"{ ({name: settings.get(name) for name in changed}) }: choose another --out, or delete that folder"
+            f"{path.parent} holds detections made with {_short(before, changed)}, now it is "
+            f"{_short(settings, changed)}: choose another --out, or delete that folder"
         )
+
+
+def _short(settings: dict[str, Any], names: list[str]) -> str:
+    """Some settings as a message shows them: what is set, long values cut."""
+    shown = [f"{name} {str(settings[name])[:48]!r}" for name in names if settings.get(name) is not None]
+    return ", ".join(shown) or "none"
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from benchmark.geneval.detect import ColorClassifier, InstanceDetector
 from benchmark.geneval.detections import read_object_names
 from benchmark.geneval.evaluate import add_colors
 from benchmark.geneval.scoring import ScoringOptions, judge_image, partial_credit
-from reward_utils.files import require_model
+from benchmark.geneval.weights import require_color_model, require_detector
 from reward_utils.geneval import KINDS, check_details
 from reward_utils.images import to_pil
 from reward_utils.scorer import Network, Scorer, Shared
@@ -83,8 +83,23 @@ class GenevalNetwork(Network):
         self._classifier: ColorClassifier | None = None
 
     def check(self) -> None:
-        read_object_names(self.object_names)
-        require_model(self.detector_name, "GenEval's detector")
+        """Look for the object names and both models.
+
+        Raises:
+            FileNotFoundError: with everything that is missing, a line each with its remedy.
+        """
+        missing = []
+        for look in (
+            lambda: read_object_names(self.object_names),
+            lambda: require_detector(self.detector_name),
+            lambda: require_color_model(self.color_model, self.color_weights),
+        ):
+            try:
+                look()
+            except FileNotFoundError as error:
+                missing.append(str(error))
+        if missing:
+            raise FileNotFoundError("\n".join(missing))
 
     def build(self) -> nn.Module:
         self._detector = InstanceDetector(read_object_names(self.object_names), self.detector_name, device="cpu")
