@@ -23,9 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from img_gen_grpo_rewards import RewardArguments, build_rewards
-from img_gen_grpo_trainer import ROLLOUT_BUFFER, ImgGenGRPOConfig, ImgGenGRPOTrainer
+from img_gen_grpo_trainer import ROLLOUT_BUFFER, ImgGenGRPOConfig, ImgGenGRPOTrainer, texts_and_metadata
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor
-from llamagen.checkpoints import is_saved, write_atomically
+from llamagen.checkpoints import is_saved, where_to_get, write_atomically
 from llamagen.vq import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,10 @@ def build_trainer(
     policy_config = read_policy_config(model_config, policy_arguments, task)
     logger.info(describe_batch(config))
     _check_output(config)
-    dataset: Dataset = make_dataset(count_prompts(config), policy_config)
+    num_prompts = count_prompts(config)
     rewards = build_rewards(weights=config.reward_weights, device=config.device, arguments=reward_arguments)
+    dataset: Dataset = make_dataset(num_prompts, policy_config)
+    rewards.check_rows(*texts_and_metadata(dataset))
     logger.info("rewards:\n%s", rewards.describe())
     vq = load_tokenizer(policy_arguments.vq_path, policy_arguments.vq_size).requires_grad_(False).to(config.device)
     with config.main_process_first(desc="converting the policy"):
@@ -186,10 +188,13 @@ def read_policy_config(model_config: ModelConfig, arguments: PolicyArguments, ta
 
     Raises:
         ValueError: if no policy is named, or it is one of the other task.
+        FileNotFoundError: if it is not there; says where it comes from.
     """
     path = model_config.model_name_or_path
     if path is None:
         raise ValueError("no policy: set --model_name_or_path to a LlamaGen .pt file or a folder (README, Weights)")
+    if not Path(path).exists():
+        raise FileNotFoundError(where_to_get(path))
     if not is_saved(path):
         return LlamaGenConfig.preset(arguments.policy_size, task=task, image_size=arguments.image_size)
     config = LlamaGenConfig.from_pretrained(path)

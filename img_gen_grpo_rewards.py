@@ -21,7 +21,7 @@ from reward_utils.arguments import ScorerArguments
 from reward_utils.images import ImageMemo, check_images
 from reward_utils.registry import SCORERS, build_scorers, unknown_name
 from reward_utils.remote import parse_remote
-from reward_utils.scorer import Scorer, check_all, check_prompts
+from reward_utils.scorer import Scorer, check_all, check_prompts, read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +201,18 @@ class RewardSuite(list):
             FileNotFoundError | ConnectionError: with everything that is missing, not only the first.
         """
         check_all(self.scorers.values())
+
+    def check_rows(self, prompts: list[str], metadata: list | None = None) -> None:
+        """See that every prompt comes with what the judges have to know beside it.
+
+        Args:
+            prompts: texts that the judges read.
+            metadata: a dict or JSON text for each, or None.
+        Raises:
+            ValueError: for the first that does not; names judge and prompt.
+        """
+        for scorer in self.scorers.values():
+            scorer.check_rows(prompts, read_metadata(metadata, len(prompts), scorer.name))
 
     def load(self) -> None:
         """Load all weights, to host memory with `reward_offload`, else to their device."""

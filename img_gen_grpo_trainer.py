@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -289,7 +290,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()
         if self._reward_suite is not None:
-            self._reward_suite.prefetch(self._rollout_images, *_texts_and_metadata(inputs))
+            self._reward_suite.prefetch(self._rollout_images, *texts_and_metadata(inputs))
         rewards = super()._calculate_rewards(inputs, prompts, self._rollout_images, completion_ids_list)  # [N, F]
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -502,7 +503,7 @@ class ImageGridCallback(TrainerCallback):
         trainer = self.trainer
         G, device = trainer.num_generations, trainer.accelerator.device
         rows = [row for row in self._fixed_rows() for _ in range(G)]
-        prompts, (captions, metadata) = [row["prompt"] for row in rows], _texts_and_metadata(rows)
+        prompts, (captions, metadata) = [row["prompt"] for row in rows], texts_and_metadata(rows)
         condition_ids = torch.tensor(trainer.processing_class(text=prompts)["input_ids"], device=device)
         noise = [torch.Generator(device).manual_seed(number) for number in range(len(prompts))]
         was_training = trainer.model.training
@@ -613,8 +614,9 @@ class StopAfterSignal(TrainerCallback):
         self.received = number
 
 
-def _texts_and_metadata(rows: list[dict]) -> tuple[list[str], list | None]:
+def texts_and_metadata(rows: Iterable[dict]) -> tuple[list[str], list | None]:
     """What the judges read of dataset rows: a text each, and the task's metadata where the dataset has it."""
+    rows = list(rows)
     texts = [row.get("caption", row["prompt"]) for row in rows]
     return texts, [row["metadata"] for row in rows] if "metadata" in rows[0] else None
 

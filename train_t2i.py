@@ -1,12 +1,12 @@
 """Text-to-image GRPO: parse, build, train. `python train_t2i.py --config configs/t2i_XL_256.yaml`"""
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 from dataset.captions import caption_dataset, load_captions, load_metadata
 from experiment import build_trainer, errors_in_one_line, parse, read_policy_config, run
-from llamagen.text import DEFAULT_ENCODER, CaptionEncoder
+from llamagen.text import DEFAULT_ENCODER, CaptionEncoder, prepare_caption
 from llamagen.text_store import load_text_encoder
 
 
@@ -65,9 +65,9 @@ def main() -> None:
             text.prompts,
             text.caption_column,
             text.prompts_split,
-            # stored features were cut when they were made, which said how many
-            count_tokens=None if text.text_features else lambda texts: text_encoder().count_tokens(texts),
+            count_tokens=lambda texts: text_encoder().count_tokens(texts),
             max_tokens=policy_config.cls_token_num,
+            prepare=partial(prepare_caption, clean=not text.no_cleaning),
         )
         dataset = caption_dataset(captions, num_prompts, config.seed, load_metadata(text.prompts, text.caption_column))
         if text.text_features:

@@ -52,7 +52,7 @@ from dataset.captions import load_captions, load_metadata
 from llamagen import LlamaGenForCausalLM, LlamaGenProcessor, VQModel
 from llamagen.grids import save_png
 from llamagen.pixels import fid_samples
-from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, CaptionEncoder, encoder_identity, prepare_caption
+from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, CaptionEncoder, prepare_caption
 from llamagen.text_store import StoredTextEncoder, load_text_encoder
 from llamagen.vq import load_tokenizer
 
@@ -171,7 +171,7 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
     settings = {
         "policy_sha256": fingerprint(models.policy_path),
         "vq_sha256": fingerprint(models.vq_path),
-        "text_encoder": encoder_identity(encoder.name_or_path),
+        "text_encoder": encoder.identity,
         "text_features_sha256": fingerprint(options.text_features) if options.text_features else None,
         "caption_padding": encoder.padding,
         "cleaning": CLEANING_VERSION if encoder.clean else "off",

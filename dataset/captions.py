@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,12 @@ def load_captions(
     split: str = "train",
     count_tokens: Callable[[list[str]], list[int]] | None = None,
     max_tokens: int = 120,
+    prepare: Callable[[str], str] | None = None,
 ) -> list[str]:
     """Captions of a file or a Hugging Face data set, in its order and spelling.
 
-    Blank ones are dropped. Repeated ones stay (DrawBench asks each prompt several times), and so do those that the
-    text encoder will cut. One line in the log counts all three.
+    Blank rows are dropped. What is left stays: repeated captions (DrawBench asks each prompt several times), those of
+    which cleaning leaves nothing, and those that the text encoder will cut. One line in the log counts all four.
 
     Args:
         source: see `ACCEPTED_FORMS`.
@@ -43,6 +44,8 @@ def load_captions(
         split: split of a data set; files have none.
         count_tokens: tokens per caption (`T5TextEncoder.count_tokens`), to count those over `max_tokens`.
         max_tokens: tokens of a caption that the policy sees.
+        prepare: what the policy is given of a caption (`llamagen.text.prepare_caption`): empty captions and duplicates
+            are counted after it. None counts them as they are spelled.
     Raises:
         ValueError: if there is no such file, a row has none of the accepted forms, or every caption is blank.
     """
@@ -50,12 +53,15 @@ def load_captions(
     captions = [text for text in texts if text.strip()]
     if not captions:
         raise ValueError(f"{source} holds no caption: all of its {len(texts)} rows are blank")
-    num_blank, num_repeated, num_long = len(texts) - len(captions), len(captions) - len(set(captions)), 0
-    counts = f"{len(captions)} captions, {num_blank} blank rows dropped, {num_repeated} duplicates"
+    seen = captions if prepare is None else [text for text in map(prepare, captions) if text]
+    num_blank, num_empty, num_long = len(texts) - len(captions), len(captions) - len(seen), 0
+    counts = f"{len(captions)} captions, {num_blank} blank rows dropped, {len(seen) - len(set(seen))} duplicates"
+    if prepare is not None:
+        counts += f", {num_empty} empty after cleaning"
     if count_tokens is not None:
         num_long = sum(count > max_tokens for count in count_tokens(captions))
         counts += f", {num_long} cut to {max_tokens} tokens"
-    logger.log(logging.WARNING if num_blank or num_long else logging.INFO, "%s: %s", source, counts)
+    logger.log(logging.WARNING if num_blank or num_empty or num_long else logging.INFO, "%s: %s", source, counts)
     return captions
 
 
@@ -129,10 +135,7 @@ def _read_json(path: Path, column: str | None) -> list[str | None]:
 
 def _json_rows(path: Path) -> list[tuple[Any, str]]:
     """Rows, and the name of each for messages."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}); one value on each line is .jsonl. {ACCEPTED_FORMS}") from error
+    rows = _parse_json(path.read_text(encoding="utf-8-sig"), str(path), "; one value on each line is .jsonl")
     if isinstance(rows, dict) and "annotations" in rows:
         raise ValueError(f"{path} looks like COCO's own annotations: pick captions with python -m dataset.prepare_coco")
     if not isinstance(rows, list):
@@ -150,11 +153,18 @@ def _jsonl_rows(path: Path) -> list[tuple[Any, str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            rows.append((json.loads(line), f"{path}, line {number}"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}); {ACCEPTED_FORMS}") from error
+        place = f"{path}, line {number}"
+        rows.append((_parse_json(line, place), place))
     return rows
+
+
+def _parse_json(text: str, place: str, advice: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{place} nests its values too deeply for captions; {ACCEPTED_FORMS}") from error
+    except ValueError as error:  # also a number of thousands of digits, which is JSON but not read
+        raise ValueError(f"{place} is no JSON ({error}){advice}; {ACCEPTED_FORMS}") from error
 
 
 def _read_txt(path: Path, column: str | None) -> list[str | None]:
@@ -162,16 +172,31 @@ def _read_txt(path: Path, column: str | None) -> list[str | None]:
 
 
 def _read_table(path: Path, column: str | None) -> list[str | None]:
+    delimiter, separators = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
+    remedy = f"put captions with {separators} in quotes, and write a quote inside quotes twice; {ACCEPTED_FORMS}"
+    captions = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        name = _pick_column(rows.fieldnames or [], column, str(path))
-        return [row[name] for row in rows]
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            index = header.index(_pick_column(header, column, str(path)))
+            for row in filter(None, rows):  # an empty line is no row
+                if len(row) != len(header):
+                    place = f"{path}, line {rows.line_num}"
+                    raise ValueError(f"{place} has {len(row)} fields, the header {len(header)}: {remedy}")
+                captions.append(row[index])
+        except csv.Error as error:  # an open quote, or what it swallowed is longer than a field may be
+            raise ValueError(f"{path}, line {rows.line_num} is no {path.suffix[1:]} ({error}): {remedy}") from error
+    return captions
 
 
 def _read_hub(name: str, column: str | None, split: str) -> list[str | None]:
     try:
         rows = load_dataset(name, split=split)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+    except (DatasetsError, OSError) as error:
+        if Path(name).is_dir():
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"the files in {name} are no data set ({cause}); {ACCEPTED_FORMS}") from error
         raise ValueError(
             f"{name!r} is neither a file here nor a data set that can be reached ({error}); {ACCEPTED_FORMS}"
         ) from error
@@ -196,8 +221,8 @@ _ROW_READERS: dict[str, Callable[[Path], list[tuple[Any, str]]]] = {".json": _js
 def _caption_of(row: Any, column: str | None, place: str) -> str | None:
     """The caption of one JSON row."""
     text = row
-    if isinstance(row, dict) and column is None and row.get("conversations"):
-        first_turn = row["conversations"][0]
+    if isinstance(row, dict) and column is None and (turns := row.get("conversations")):
+        first_turn = turns[0] if isinstance(turns, list) else None
         text = first_turn.get("value", row) if isinstance(first_turn, dict) else row
     elif isinstance(row, dict):
         text = row[_pick_column(row, column, place)]

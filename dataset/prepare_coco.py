@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ ANNOTATIONS_HELP = (
 )
 
 
-def pick_captions(annotations: dict, num_captions: int, seed: int) -> list[dict]:
+def pick_captions(annotations: object, num_captions: int, seed: int) -> list[dict]:
     """One caption for each of `num_captions` different images, in random order.
 
     Five captions of one image say nearly the same; one of each gives the widest set of prompts.
@@ -32,10 +33,16 @@ def pick_captions(annotations: dict, num_captions: int, seed: int) -> list[dict]
     Raises:
         ValueError: if these are no caption annotations, or of too few images.
     """
-    if not {"images", "annotations"} <= annotations.keys() or "caption" not in (annotations["annotations"] or [{}])[0]:
+    if not _holds_captions(annotations):
         raise ValueError(f"no caption annotations (instances_*.json has none, captions_*.json has): {ANNOTATIONS_HELP}")
+    file_names = {image["id"]: image["file_name"] for image in annotations["images"]}
     captions_of: dict[int, list[tuple[int, str]]] = {}
     for annotation in annotations["annotations"]:
+        if annotation["image_id"] not in file_names:
+            raise ValueError(
+                f"annotation {annotation['id']} is of image {annotation['image_id']}, which is not listed: the file is "
+                f"not COCO's own. {ANNOTATIONS_HELP}"
+            )
         caption = " ".join(annotation["caption"].split())  # a few hold line breaks
         if caption:
             captions_of.setdefault(annotation["image_id"], []).append((annotation["id"], caption))
@@ -44,7 +51,6 @@ def pick_captions(annotations: dict, num_captions: int, seed: int) -> list[dict]
             f"{num_captions} captions of different images are wanted, {len(captions_of)} images have one: "
             f"train2014 has 82,783. {ANNOTATIONS_HELP}"
         )
-    file_names = {image["id"]: image["file_name"] for image in annotations["images"]}
     rng = np.random.default_rng(seed)
     image_ids = np.sort(np.fromiter(captions_of, dtype=np.int64))  # the order in the file must not matter
     rows = []
@@ -56,7 +62,7 @@ def pick_captions(annotations: dict, num_captions: int, seed: int) -> list[dict]
     return rows
 
 
-def read_annotations(path: Path, split: str) -> dict:
+def read_annotations(path: Path, split: str) -> object:
     """COCO's captions of a split, from its .json or from the .zip that is published.
 
     Raises:
@@ -65,17 +71,43 @@ def read_annotations(path: Path, split: str) -> dict:
     if not path.is_file():
         raise ValueError(f"there is no file {path}. {ANNOTATIONS_HELP}")
     if path.suffix.lower() == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_bytes(), str(path))
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a .json nor a whole .zip (half a download?). {ANNOTATIONS_HELP}")
     with zipfile.ZipFile(path) as archive:
         member = next((name for name in archive.namelist() if name.endswith(f"captions_{split}.json")), None)
         if member is None:
             raise ValueError(f"{path} has no captions_{split}.json, only {archive.namelist()[:8]}. {ANNOTATIONS_HELP}")
-        return json.loads(archive.read(member))
+        try:
+            content = archive.read(member)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is damaged at {member} ({error}): fetch it again. {ANNOTATIONS_HELP}") from error
+        return _parse(content, f"{path}, {member}")
+
+
+def _holds_captions(annotations: object) -> bool:
+    """Whether this is COCO's object of images and captions."""
+    rows_of = annotations if isinstance(annotations, dict) else {}
+    images, captions = rows_of.get("images"), rows_of.get("annotations")
+    return (
+        isinstance(images, list)
+        and isinstance(captions, list)
+        and bool(captions)
+        and all(isinstance(row, dict) and {"id", "file_name"} <= row.keys() for row in images)
+        and all(isinstance(row, dict) and {"id", "image_id", "caption"} <= row.keys() for row in captions)
+        and all(isinstance(row["caption"], str) for row in captions)
+    )
+
+
+def _parse(content: bytes, place: str) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no JSON ({error}). {ANNOTATIONS_HELP}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: write the prompt file, or end with a line that says why not."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=ANNOTATIONS_HELP, prog="python -m dataset.prepare_coco"
     )
@@ -85,12 +117,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_captions", type=int, default=30_000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    try:
+        _write(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(f"{args.out}: {args.num_captions} captions of different images, seed {args.seed}\n")
+
+
+def _write(args: argparse.Namespace) -> None:
     rows = pick_captions(read_annotations(args.annotations, args.split), args.num_captions, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = args.out.with_name(args.out.name + ".partial")
     partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(args.out)
-    sys.stdout.write(f"{args.out}: {len(rows)} captions of different images, seed {args.seed}\n")
 
 
 if __name__ == "__main__":

@@ -6,26 +6,44 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import re
 import urllib.parse
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 DEFAULT_ENCODER = "google/flan-t5-xl"
 MAX_LENGTH = 120  # caption tokens of the released text policies, end-of-sequence token included
 PAD_ID = 0  # T5's; no caption contains it, so a mask can be read off the ids
 CLEANING_VERSION = "deepfloyd-2"  # two passes of the rules below; changes whenever they do
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # the second is read where there is no first
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # read if there are any
+SAMPLED_BYTES = 1 << 15  # of each end of a tensor, for the identity of an encoder
+
 Padding = Literal["left", "right"]
 
 
+def prepare_caption(text: str, clean: bool = True) -> str:
+    """The text of a caption that is tokenized: cleaned, or as LlamaGen does with its cleaning off, lower-case."""
+    return clean_caption(text) if clean else text.lower().strip()
+
+
+@lru_cache(maxsize=1 << 16)  # a quarter of a millisecond each; a run counts, checks and draws the same captions
 def clean_caption(text: str) -> str:
     """What the T5 tokenizer sees of a caption: two passes of the DeepFloyd IF cleaning that LlamaGen trained with.
 
@@ -53,6 +71,7 @@ class CaptionEncoder(ABC):
 
     Attributes:
         dtype, device: of the features that come out.
+        identity: `encoder_identity` of the T5 that makes them, or made them.
 
     Raises:
         ValueError: for a padding side, length or cache size that makes no sense.
@@ -60,6 +79,7 @@ class CaptionEncoder(ABC):
 
     dtype: torch.dtype
     device: torch.device
+    identity: str
 
     def __init__(
         self,
@@ -86,6 +106,10 @@ class CaptionEncoder(ABC):
     @abstractmethod
     def feature_dim(self) -> int:
         """Size E of one feature, the policy's `caption_dim`."""
+
+    @abstractmethod
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption before it is cut to `max_length`, end token included."""
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features of captions.
@@ -130,7 +154,7 @@ class CaptionEncoder(ABC):
 
     def prepare(self, caption: str) -> str:
         """The text that is tokenized."""
-        return clean_caption(caption) if self.clean else caption.lower().strip()
+        return prepare_caption(caption, self.clean)
 
     def _remembered(self, keys: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
         """Features [l, E] of distinct captions, from the cache where they are."""
@@ -160,16 +184,19 @@ class T5TextEncoder(CaptionEncoder):
     rest. T5 knows relative positions only and never looks at padding, so the valid features are those of the bare
     caption: it runs unpadded and its features are put where they belong.
 
+    The weights are looked at at once and loaded for the first features, so that counting tokens costs no memory.
+
     Args:
         name_or_path, max_length, padding, clean, cache_size: see `CaptionEncoder`.
         batch_size: captions in one forward pass. At 1 features cannot depend on what else is in the batch, so a
             resumed run sees the same bits; more is faster in bulk and equal up to rounding.
-        dtype: of weights and features; None is bfloat16 on a GPU, as LlamaGen's features were, and float32 on a CPU.
+        dtype: of weights and features; None is `default_dtype`.
         device: None is the current GPU if there is one.
 
     Raises:
+        FileNotFoundError: if the encoder is not here whole and cannot be fetched.
         ValueError: if the weights are not a T5's, or the tokenizer is not of its kind: pad id 0, end token after
-            every text.
+            every text; for a device that is not there.
     """
 
     def __init__(
@@ -184,36 +211,32 @@ class T5TextEncoder(CaptionEncoder):
         device: torch.device | str | None = None,
     ):
         super().__init__(name_or_path, max_length, padding, clean, cache_size)
-        from transformers import AutoTokenizer, T5EncoderModel
-
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: a forward pass takes at least 1 caption")
         self.batch_size = batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.device = usable_device(device)
+        self.dtype = dtype or default_dtype(self.device)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
-        except (OSError, ValueError) as error:
+            self._folder = _find_or_fetch(self.name_or_path)
+            self._config, self._tokenizer = _read_config(self._folder), _read_tokenizer(self._folder)
+        except OSError as error:
             raise FileNotFoundError(
-                f"no text encoder {self.name_or_path} ({str(error).strip().splitlines()[0]}): name a folder, or fetch "
+                f"no text encoder {self.name_or_path} ({_first_line(error)}): name a folder, or fetch "
                 f"it with `hf download {DEFAULT_ENCODER}`"
             ) from error
         self._tokenizer.truncation_side = "right"
         self._check_tokenizer()
-        model, report = T5EncoderModel.from_pretrained(
-            self.name_or_path, dtype=self.dtype, use_safetensors=True, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"{self.name_or_path} holds no T5 encoder: {sorted(report['missing_keys'])[:3]} and possibly more are "
-                f"missing; text policies were trained with {DEFAULT_ENCODER}"
-            )
-        self._model = model.to(self.device).eval().requires_grad_(False)
+        self._check_weights()
 
     @property
     def feature_dim(self) -> int:
-        return self._model.config.d_model
+        return self._config.d_model
+
+    @cached_property
+    def identity(self) -> str:
+        return encoder_identity(self._folder)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption before it is cut to `max_length`, end token included."""
         texts = [self.prepare(caption) for caption in captions]
         return [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]] if texts else []
 
@@ -222,6 +245,13 @@ class T5TextEncoder(CaptionEncoder):
             return []
         rows = self._tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         return [[token for token in ids if token != PAD_ID] for ids in rows]  # "<pad>" in a caption is no padding
+
+    @cached_property
+    def _model(self) -> T5EncoderModel:
+        from transformers import T5EncoderModel
+
+        model = T5EncoderModel.from_pretrained(self._folder, dtype=self.dtype, use_safetensors=True)
+        return model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def _compute(self, keys: list[tuple[int, ...]]) -> list[Tensor]:
@@ -245,27 +275,174 @@ class T5TextEncoder(CaptionEncoder):
                 f"token ({tokenizer.eos_token_id}). Save the folder with transformers' T5Tokenizer"
             )
 
+    def _check_weights(self) -> None:
+        """From headers alone, so that a wrong encoder is found out before anything is loaded."""
+        from transformers import T5EncoderModel
 
-def encoder_identity(name_or_path: str | Path) -> str:
-    """What a feature file remembers of its encoder: the hub name, or for a folder its name and a digest of its weights.
+        found = {}
+        for path in _encoder_files(self._folder)[1]:
+            found.update(_tensor_shapes(path))
+        if (tied := "encoder.embed_tokens.weight") in found:
+            found.setdefault("shared.weight", found[tied])
+        with torch.device("meta"):
+            wanted = {name: tuple(weight.shape) for name, weight in T5EncoderModel(self._config).named_parameters()}
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise ValueError(
+                f"{self.name_or_path} holds no T5 encoder: {missing[:3]} and possibly more are missing; text policies "
+                f"were trained with {DEFAULT_ENCODER}"
+            )
+        for name, shape in wanted.items():
+            if found[name] != shape:
+                raise ValueError(
+                    f"{self.name_or_path} holds {name} {list(found[name])}, its config.json says {list(shape)}: they "
+                    "are of two models, fetch or save the folder again"
+                )
 
-    The digest covers size, first and last MiB of every safetensors file, so it costs no time on gigabytes.
+
+def encoder_identity(name_or_path: str | Path) -> str | None:
+    """A digest of what decides an encoder's features, the same for every copy; None if it is not on this machine whole.
+
+    It covers config.json and the tokenizer's files byte by byte, and of every safetensors file its size, its header
+    (names, shapes, types) and the first and last 32 KiB of each tensor: small tensors whole, and of 11 GB about 40 MB.
+    Training changes all of a tensor; a change in the middle of one alone would go unnoticed. Names of folders and hubs
+    do not count.
+
+    Raises:
+        ValueError: if a weight file is damaged.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return str(name_or_path)
+    folder = _find(name_or_path)
+    if not _is_whole(folder):
+        return None
+    small_files, weight_files = _encoder_files(folder)
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
+    for path in small_files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    for path in weight_files:
+        _tensor_shapes(path)  # refuses a damaged file
+        digest.update(f"{path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            digest.update(file.read(_DIGEST_BYTES))
-            file.seek(max(0, size - _DIGEST_BYTES))
-            digest.update(file.read())
-    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(header)
+            for tensor in (value for name, value in json.loads(header).items() if name != "__metadata__"):
+                first, end = (8 + len(header) + offset for offset in tensor["data_offsets"])
+                for start in (first, max(first, end - SAMPLED_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(min(SAMPLED_BYTES, end - start)))
+    return digest.hexdigest()[:32]
 
 
-_DIGEST_BYTES = 1 << 20
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What T5 runs in where nobody says: bfloat16 on a GPU, as LlamaGen's features were, and float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, or for None the current GPU if there is one.
+
+    Raises:
+        ValueError: if it is not on this machine.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        advice = "take cpu, cuda or cuda:N"
+        raise ValueError(f"device {name} cannot be used here ({_first_line(error)}): {advice}") from error
+    return found
+
+
+def _find(name_or_path: str | Path) -> Path | None:
+    """The folder of an encoder on this machine: a named one, or a hub name's snapshot in the local cache."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        config = try_to_load_from_cache(str(name_or_path), "config.json")
+    except HFValidationError:  # what is no hub name is a folder that is not there
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _find_or_fetch(name_or_path: str) -> Path:
+    """The folder of an encoder, from the hub if need be.
+
+    Raises:
+        OSError: if it is not here whole and cannot be fetched.
+    """
+    folder = _find(name_or_path)
+    if not Path(name_or_path).is_dir() and not _is_whole(folder):
+        try:
+            folder = Path(snapshot_download(name_or_path, allow_patterns=["*.json", "spiece.model", "*.safetensors"]))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"there is no such folder, and it is no hub name: {error}") from error
+    _encoder_files(folder)
+    return folder
+
+
+def _is_whole(folder: Path | None) -> bool:
+    try:
+        return folder is not None and bool(_encoder_files(folder))
+    except FileNotFoundError:
+        return False
+
+
+def _encoder_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files that T5 is read from: configuration and tokenizer, and weights.
+
+    Raises:
+        FileNotFoundError: if one of them is missing.
+    """
+    tokenizer = next((name for name in TOKENIZER_FILES if (folder / name).is_file()), TOKENIZER_FILES[0])
+    needed = ["config.json", tokenizer, *_weight_names(folder)]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"the folder {folder} has no {missing[0]}")
+    settings = [name for name in TOKENIZER_SETTINGS if (folder / name).is_file()]
+    return [folder / name for name in [*needed[:2], *settings]], [folder / name for name in needed[2:]]
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}): fetch the folder again") from error
+
+
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, from its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch the folder again") from error
+
+
+def _read_config(folder: Path) -> T5Config:
+    from transformers import T5Config
+
+    try:
+        return T5Config.from_pretrained(folder)
+    except (TypeError, ValueError) as error:  # JSON of another kind
+        raise OSError(f"its config.json cannot be read: {_first_line(error)}") from error
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the Rust reader has no class of its own for a damaged tokenizer.json
+        raise OSError(f"its tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Caption cleaning. The rules and their order are facts of the training data: an error in one of them is an input that

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +23,18 @@ from llamagen.text import (
     CaptionEncoder,
     Padding,
     T5TextEncoder,
+    default_dtype,
     encoder_identity,
+    usable_device,
 )
 
 if TYPE_CHECKING:
     from llamagen.configuration import LlamaGenConfig
 
-FORMAT = "llamagen-text-features-1"
+logger = logging.getLogger(__name__)
+
+FORMAT = "llamagen-text-features-2"
+OLD_FORMATS = ("llamagen-text-features-1",)  # have no token counts, and know their encoder by its folder's name
 CAPTIONS_PER_CHUNK = 256  # what leaves the encoder's device at a time
 COMMAND = "python -m dataset.encode_captions PROMPTS OUT.safetensors"
 
@@ -36,8 +42,9 @@ COMMAND = "python -m dataset.encode_captions PROMPTS OUT.safetensors"
 def write_text_features(path: str | Path, encoder: CaptionEncoder, captions: Sequence[str]) -> int:
     """Encode captions and store the features of their valid tokens; the file appears whole or not at all.
 
-    The safetensors file holds `features` [L, E], `input_ids` [L], `ends` [N] (where each caption's tokens end) and
-    `text_digests` [N, 16], so that captions are found again without a tokenizer; its metadata names what made it.
+    The safetensors file holds `features` [L, E], `input_ids` [L], `ends` [N] (where each caption's tokens end),
+    `num_tokens` [N] (before they were cut) and `text_digests` [N, 16], so that captions are found again without a
+    tokenizer; its metadata names what made it.
     All of it is in memory once: at 15 tokens a caption, E = 2048 and bfloat16, 30,000 captions take 1.8 GB.
 
     Args:
@@ -47,8 +54,11 @@ def write_text_features(path: str | Path, encoder: CaptionEncoder, captions: Seq
     Returns:
         N, the number of distinct captions.
     Raises:
-        ValueError: if there is no caption.
+        ValueError: if there is no caption, or `path` is a folder.
+        OSError: if the file cannot be written.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name the .safetensors file to write")
     by_text = {encoder.prepare(caption): caption for caption in captions}
     if not by_text:
         raise ValueError("no caption to encode: the list is empty")
@@ -68,15 +78,29 @@ def write_text_features(path: str | Path, encoder: CaptionEncoder, captions: Seq
         "features": torch.cat(features),
         "input_ids": torch.cat(input_ids).int(),
         "ends": torch.cat(lengths).cumsum(0),
+        "num_tokens": torch.tensor(encoder.count_tokens(distinct), dtype=torch.int32),
         "text_digests": digests,
     }
-    metadata = _expected_metadata(encoder.name_or_path, encoder.max_length, encoder.clean)
-    metadata["captions_sha256"] = _captions_digest(digests)
+    metadata = {
+        **_settings(encoder.max_length, encoder.clean),
+        "encoder": encoder.identity,
+        "encoder_name": encoder.name_or_path,
+        "dtype": dtype_name(encoder.dtype),
+        "captions_sha256": _captions_digest(digests),
+    }
     partial = Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata)
+    try:
+        save_file(tensors, partial, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     partial.replace(path)
     return len(distinct)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How a file and messages call it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def load_text_encoder(
@@ -113,7 +137,8 @@ def load_text_encoder(
 class StoredTextEncoder(CaptionEncoder):
     """Features from a file in T5's place: same methods, same ids, same features, for the captions that were stored.
 
-    The file is mapped, not read: ranks on one machine share its pages.
+    The file is mapped, not read: ranks on one machine share its pages. Features keep the dtype they were stored in. The
+    encoder that made them need not be on this machine; where it is, it has to be the one that is named.
 
     Args:
         path: a file of `write_text_features`.
@@ -137,14 +162,25 @@ class StoredTextEncoder(CaptionEncoder):
     ):
         super().__init__(name_or_path, max_length, padding, clean, cache_size)
         self.path = Path(path)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
         self._file = _open(self.path)
-        _check_metadata(self.path, self._file.metadata() or {}, _expected_metadata(name_or_path, max_length, clean))
-        digests = self._file.get_tensor("text_digests")  # [N, 16]
-        if _captions_digest(digests) != self._file.metadata()["captions_sha256"]:
-            raise ValueError(f"{self.path} is damaged: its captions and metadata disagree. Remake it: {COMMAND}")
+        metadata = self._file.metadata() or {}
+        here = encoder_identity(name_or_path)
+        _check_metadata(self.path, metadata, _settings(max_length, clean), here, self.name_or_path)
+        if here is None:
+            made_with = f"{metadata['encoder_name']} ({metadata['encoder']})"
+            logger.warning(
+                "%s was made with %s; %s is not on this machine, so the two could not be compared",
+                *(self.path, made_with, name_or_path),
+            )
+        self.identity = metadata["encoder"]
         self._features = self._file.get_slice("features")  # [L, E], read row range by row range
         self.dtype = self._features[:1].dtype
+        digests = self._file.get_tensor("text_digests")  # [N, 16]
+        if (_captions_digest(digests), dtype_name(self.dtype)) != (metadata["captions_sha256"], metadata["dtype"]):
+            raise ValueError(f"{self.path} is damaged: its contents and metadata disagree. Remake it: {COMMAND}")
+        self._log_dtype(len(digests))
+        self._num_tokens = self._file.get_tensor("num_tokens").tolist()  # N
         ends = self._file.get_tensor("ends").tolist()
         self._input_ids = self._file.get_tensor("input_ids").tolist()  # L
         self._spans = list(zip([0, *ends], ends))  # N ranges of token rows
@@ -154,6 +190,11 @@ class StoredTextEncoder(CaptionEncoder):
     @property
     def feature_dim(self) -> int:
         return self._features.get_shape()[1]
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption before it was cut, as recorded; 0 for one that is not stored (see `require`)."""
+        indices = [self._index_of_text.get(_text_digest(self.prepare(caption))) for caption in captions]
+        return [0 if index is None else self._num_tokens[index] for index in indices]
 
     def require(self, captions: Sequence[str]) -> None:
         """Check that every caption of a run is stored, so that a missing one stops the run before its first step.
@@ -167,6 +208,11 @@ class StoredTextEncoder(CaptionEncoder):
                 f"{self.path} lacks {len(missing)} of {len(captions)} captions, the first is {missing[0]!r}: it was "
                 f"made from other prompts. Make it from this run's: {COMMAND}"
             )
+
+    def _log_dtype(self, num_captions: int) -> None:
+        stored, own = dtype_name(self.dtype), dtype_name(default_dtype(self.device))
+        note = "" if stored == own else f" (T5 on this {self.device.type} would give {own} ones)"
+        logger.info("%s: %s features of %d captions, used as stored%s", self.path, stored, num_captions, note)
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         digests = [_text_digest(text) for text in texts]
@@ -187,20 +233,30 @@ class StoredTextEncoder(CaptionEncoder):
         return [self._features[first:last].to(self.device) for first, last in spans]  # [l, E] each
 
 
-def _expected_metadata(name_or_path: str | Path, max_length: int, clean: bool) -> dict[str, str]:
-    """What makes two sets of features interchangeable."""
+def _settings(max_length: int, clean: bool) -> dict[str, str]:
+    """What makes two sets of features of one encoder interchangeable."""
     return {
         "format": FORMAT,
-        "encoder": encoder_identity(name_or_path),
         "max_length": str(max_length),
         "cleaning": CLEANING_VERSION if clean else "off",
     }
 
 
-def _check_metadata(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+def _check_metadata(
+    path: Path, found: dict[str, str], settings: dict[str, str], identity: str | None, encoder_name: str
+) -> None:
+    """Refuse a file of other settings or another encoder; one that is not here (identity None) is not compared."""
+    if found.get("format") in OLD_FORMATS:
+        raise ValueError(
+            f"{path} is of an older format ({found['format']}), which does not say enough of its encoder: make it "
+            f"again with {COMMAND}"
+        )
     if found.get("format") != FORMAT:
         raise ValueError(f"{path} holds no text features (format {found.get('format')!r}): make them with {COMMAND}")
-    differences = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in expected.items() if found.get(k) != v]
+    differences = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in settings.items() if found.get(k) != v]
+    if identity not in (None, found["encoder"]):
+        made_with = f"{found['encoder']} ({found['encoder_name']})"
+        differences.append(f"encoder {made_with} instead of {identity} ({encoder_name})")
     if differences:
         raise ValueError(
             f"{path} was made with {', '.join(differences)}: run with the settings it was made with, or make it "

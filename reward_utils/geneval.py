@@ -48,8 +48,11 @@ class GenevalScorer(Scorer):
     def check(self) -> None:
         self.server.server.check()
 
+    def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:
+        check_all_details(prompts, metadata)
+
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float]:
-        details = [check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
+        details = check_all_details(prompts, metadata)
         pictures = jpeg_bytes(images, JPEG_QUALITY)
 
         def request(rows: slice) -> dict:
@@ -57,6 +60,11 @@ class GenevalScorer(Scorer):
             return {"images": pictures[rows], "meta_datas": details[rows], "only_strict": False}
 
         return self.server.scores(len(pictures), request, self.kind, (0.0, 1.0), self.name)
+
+
+def check_all_details(prompts: list[str], metadata: list[dict | None]) -> list[dict]:
+    """`check_details` of every prompt."""
+    return [check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
 
 
 def check_details(details: dict | None, prompt: str, index: int) -> dict:

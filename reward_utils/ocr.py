@@ -36,6 +36,10 @@ class OcrScorer(Scorer):
         settings = {"detector": arguments.ocr_detector, "recognizer": arguments.ocr_recognizer}
         return cls(shared.get(OcrNetwork, **settings, **arguments.network_settings()))
 
+    def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:
+        for index, (prompt, details) in enumerate(zip(prompts, metadata)):
+            requested_texts(prompt, details, index)
+
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float]:
         requests = [requested_texts(prompt, details, i) for i, (prompt, details) in enumerate(zip(prompts, metadata))]
         return [share_read_back(texts, " ".join(lines)) for texts, lines in zip(requests, self.network.read(images))]

@@ -87,6 +87,9 @@ class Scorer(ABC):
         """Raise if a file is missing or a server does not answer; cheap, loads nothing."""
         check_all(self.networks)
 
+    def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:  # noqa: B027  (most need nothing)
+        """Raise ValueError for a prompt without what this judge has to know beside it; loads nothing."""
+
     def load(self) -> None:
         """Load the networks; otherwise the first call does it."""
         for network in self.networks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -19,6 +20,7 @@ from dataset import fetch as fetch_module
 from dataset import prepare_coco
 from dataset.captions import caption_dataset, load_captions
 from dataset.fetch import PUBLIC_FILES, PublicFile, fetch
+from llamagen.text import clean_caption
 
 TWO = ["a photo of a bench", "Grünes Sofa, 沙发"]
 
@@ -92,6 +94,23 @@ def test_blank_rows_go_repeated_and_long_ones_stay_and_one_line_counts_them(tmp_
     ]
 
 
+def test_empty_and_repeated_captions_are_counted_as_the_policy_sees_them(tmp_path, caplog):
+    # '###' and 'https://' are nothing after cleaning, 'A DOG ' is 'a dog': what the policy is given decides
+    path = write(tmp_path, "rows.json", json.dumps(["a dog", "A DOG ", "###", "https://", " ", "a cat"]))
+    caplog.set_level(logging.INFO, logger="dataset.captions")
+    assert load_captions(path, prepare=clean_caption) == ["a dog", "A DOG ", "###", "https://", "a cat"]
+    assert load_captions(path) == ["a dog", "A DOG ", "###", "https://", "a cat"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: 5 captions, 1 blank rows dropped, 1 duplicates, 2 empty after cleaning",
+        f"{path}: 5 captions, 1 blank rows dropped, 0 duplicates",
+    ]
+
+
+def test_an_empty_line_of_a_table_is_no_row_and_quotes_protect_commas_and_quotes(tmp_path):
+    table = write(tmp_path, "a.csv", 'id,prompt\n\n1,"a red, ""blue"" dog"\n2,\n')
+    assert load_captions(table) == ['a red, "blue" dog']
+
+
 @pytest.mark.parametrize(
     ("name", "content", "advice"),
     [
@@ -103,6 +122,20 @@ def test_blank_rows_go_repeated_and_long_ones_stay_and_one_line_counts_them(tmp_
         ("a.json", '[{"title": "a cat"}]', r"row 1 has no 'prompt' or 'caption' or 'text', only \['title'\]"),
         ("a.json", '[{"conversations": [{"from": "human"}]}]', "row 1 holds no caption"),
         ("a.json", '[{"conversations": ["a cat"]}]', "row 1 holds no caption"),
+        ("a.json", '[{"conversations": {"value": "a dog"}}]', r"row 1 holds no caption: \{.*a dog.*; accepted are"),
+        ("a.json", "[" * 100_000, r"a\.json nests its values too deeply for captions; accepted are"),
+        ("a.jsonl", '"a cat"\n' + "[" * 100_000, r"line 2 nests its values too deeply for captions; accepted are"),
+        ("a.json", "[" + "1" * 5000 + "]", r"is no JSON \(Exceeds the limit"),
+        (
+            "a.csv",
+            "prompt\na red, blue dog\n",
+            r"a\.csv, line 2 has 2 fields, the header 1: put captions with commas in",
+        ),
+        ("a.csv", "id,prompt\n1,a cat\n2\n", "line 3 has 1 fields, the header 2: put captions with commas in quotes"),
+        ("a.tsv", "id\tprompt\n1\ta\tcat\n", "line 2 has 3 fields, the header 2: put captions with tabs in quotes"),
+        ("a.csv", 'prompt\n"a cat\na dog\n', r"line 3 is no csv \(unexpected end of data\): put .*; accepted are"),
+        ("a.csv", 'prompt\n"a" cat\n', r"line 2 is no csv \(',' expected after '\"'\): put .* inside quotes twice"),
+        ("a.csv", "prompt\n" + "a" * 131_073, r"line 2 is no csv \(field larger than field limit .*; accepted are"),
         ("a.json", '{"images": [], "annotations": []}', r"python -m dataset\.prepare_coco"),
         ("a.jsonl", '"a cat"\nmeow\n', "line 2 is no JSON"),
         ("a.csv", "id,title\n1,a cat\n", r"only \['id', 'title'\]: name the one"),
@@ -113,6 +146,16 @@ def test_blank_rows_go_repeated_and_long_ones_stay_and_one_line_counts_them(tmp_
 def test_anything_else_is_refused_with_what_is_accepted(tmp_path, name, content, advice):
     with pytest.raises(ValueError, match=advice):
         load_captions(write(tmp_path, name, content))
+
+
+def test_a_folder_of_files_that_do_not_parse_is_refused_with_what_is_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"data are no data set \(.*any data files\); accepted are"):
+        load_captions(tmp_path / "data")
+    write(tmp_path / "data", "train.json", "{broken")
+    with pytest.raises(ValueError, match=r"data are no data set \(JSON parse error: .*\); accepted are"):
+        load_captions(tmp_path / "data")
 
 
 def test_a_missing_file_and_another_encoding_are_named(tmp_path):
@@ -207,6 +250,43 @@ def test_wrong_coco_files_say_where_the_right_ones_are(tmp_path):
         prepare_coco.pick_captions(coco_annotations(), 31, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("none.zip", None, [], r"error: there is no file .*none\.zip\. COCO's captions"),
+        ("a.zip", "PK", [], r"error: .*a\.zip is neither a \.json nor a whole \.zip"),
+        ("a.json", "{broken", [], r"error: .*a\.json is no JSON \(Expecting property name.*COCO's captions"),
+        ("a.json", "[" * 100_000, [], r"error: .*a\.json is no JSON \(maximum recursion depth"),
+        ("a.json", '["a cat"]', [], "error: no caption annotations .*COCO's captions"),
+        ("a.json", '{"images": [], "annotations": []}', [], "error: no caption annotations"),
+        ("a.json", '{"images": [{"id": 1}], "annotations": [5]}', [], "error: no caption annotations"),
+        ("a.json", json.dumps(coco_annotations()), ["--num_captions", "31"], "error: 31 captions of different images"),
+        (
+            "a.json",
+            json.dumps({**coco_annotations(), "images": []}),
+            [],
+            r"error: annotation 1005 is of image 1, which is not listed: the file is not COCO's own\. COCO's captions",
+        ),
+    ],
+)
+def test_the_coco_command_ends_in_one_line_for_what_is_no_coco(tmp_path, name, content, options, message):
+    if content is not None:
+        write(tmp_path, name, content)
+    with pytest.raises(SystemExit, match=message) as end:
+        prepare_coco.main([str(tmp_path / name), "--out", str(tmp_path / "out.json"), *options])
+    assert "\n" not in end.value.code
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_damaged_coco_archive_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("captions_train2014.json", "a dog on a bench")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b"a dog", b"a cat", 1))
+    with pytest.raises(ValueError, match=r"a\.zip is damaged at captions_train2014\.json \(Bad CRC-32"):
+        prepare_coco.read_annotations(tmp_path / "a.zip", "train2014")
+
+
 # Fetching
 
 
@@ -283,6 +363,22 @@ def test_the_fetch_command_fills_a_folder_and_refuses_unknown_names(server, tmp_
     with pytest.raises(SystemExit):
         fetch_module.main(["dogs"])
     assert "unknown: dogs; choose from cats" in capsys.readouterr().err
+
+
+def test_the_fetch_command_goes_on_after_a_file_that_cannot_be_had(server, tmp_path, monkeypatch, capsys):
+    there = published(server, b"a cat\n", b"a cat\n")
+    gone = dataclasses.replace(there, url=there.url + ".gone", path="bench/gone.txt")
+    unreachable = dataclasses.replace(there, url="http://127.0.0.1:9/a", path="bench/a.txt")  # nobody listens there
+    monkeypatch.setattr(fetch_module, "PUBLIC_FILES", {"dogs": (gone, unreachable), "cats": (there,)})
+    with pytest.raises(SystemExit) as stopped:
+        fetch_module.main(["--into", str(tmp_path)])
+    assert stopped.value.code == 1
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / 'bench/prompts.txt'}\n"
+    first, second = output.err.splitlines()
+    assert first.startswith(f"error: {gone.url} cannot be reached (HTTP Error 404")
+    assert f"put it at {tmp_path / 'bench/gone.txt'} and run this again" in first
+    assert second.startswith("error: http://127.0.0.1:9/a cannot be reached (")
 
 
 def test_every_listed_file_is_encrypted_and_checked():

@@ -299,9 +299,19 @@ def test_wrong_arguments_are_named_before_anything_is_drawn(world, run, t5, tmp_
     make_policy(tmp_path / "classes")
     with pytest.raises(SystemExit, match=r"c2i policy: train it with train_c2i\.py"):
         run({**world, "model_name_or_path": str(tmp_path / "classes")})
+    with pytest.raises(SystemExit, match=r"there is no .*nowhere\.pt\. Released weights: "):
+        run({**world, "model_name_or_path": str(tmp_path / "nowhere.pt")})
+    with pytest.raises(SystemExit, match=r"toy_geneval: prompt 0 .* has metadata None, expected a dict with `tag`"):
+        run({**world, "reward_funcs": ["toy_geneval"]})
     with pytest.raises(SystemExit):
         run(world, "--caption_padding", "middle")
     assert not (tmp_path / "run/samples").exists()
+
+
+def test_a_reward_that_is_not_there_is_named_before_the_captions_are_read(world, run):
+    missing = {"clip_model": str(Path(world["clip_model"]).with_name("no_clip")), "prompts": "nowhere.json"}
+    with pytest.raises(SystemExit, match=r"CLIP: no folder .*no_clip"):
+        run({**world, **missing})
 
 
 # ---------------------------------------------------------------------------------------------------- prompts

@@ -70,9 +70,13 @@ class ToyGenEvalScorer(Scorer):
     def from_arguments(cls, arguments, shared: Shared) -> ToyGenEvalScorer:
         return cls(arguments.geneval_score)
 
+    def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:
+        for index, (entry, prompt) in enumerate(zip(metadata, prompts)):
+            _check_details(entry, prompt, index)
+
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float]:
-        details = [_check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
-        return [self._score(entry, image) for entry, image in zip(details, images.float().cpu().numpy())]
+        self.check_rows(prompts, metadata)
+        return [self._score(entry, image) for entry, image in zip(metadata, images.float().cpu().numpy())]
 
     def _score(self, prompt: Metadata, image: np.ndarray) -> float:
         found = detect(image)
@@ -81,10 +85,9 @@ class ToyGenEvalScorer(Scorer):
         return float(judge_image(prompt, found.boxes, found.colors)[0])
 
 
-def _check_details(details: dict | None, prompt: str, index: int) -> dict:
+def _check_details(details: dict | None, prompt: str, index: int) -> None:
     if not details or details.get("tag") not in TASKS or not details.get("include"):
         raise ValueError(
             f"toy_geneval: prompt {index} ({prompt!r:.60}) has metadata {details!r:.80}, expected a dict with `tag` "
             f"(one of {', '.join(TASKS)}) and `include`: train on a file of python -m toy.make --prompts"
         )
-    return details

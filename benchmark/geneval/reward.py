@@ -12,7 +12,7 @@ from benchmark.geneval.detections import read_object_names
 from benchmark.geneval.evaluate import add_colors
 from benchmark.geneval.scoring import ScoringOptions, judge_image, partial_credit
 from benchmark.geneval.weights import require_color_model, require_detector
-from reward_utils.geneval import KINDS, check_details
+from reward_utils.geneval import KINDS, check_all_details
 from reward_utils.images import to_pil
 from reward_utils.scorer import Network, Scorer, Shared
 
@@ -50,8 +50,11 @@ class DetectedGenevalScorer(Scorer):
         )
         return cls(network, arguments.geneval_score)
 
+    def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:
+        check_all_details(prompts, metadata)
+
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float]:
-        asked = [check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
+        asked = check_all_details(prompts, metadata)
         if self.kind == "rewards":
             asked = [{**entry, "exclude": []} for entry in asked]
         options = ScoringOptions()
