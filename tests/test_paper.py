@@ -75,8 +75,8 @@ def test_what_the_toy_world_lacks_is_said_and_not_faked():
         Unavailable, match="nothing changes in the toy world, whose rewards are clip, hpsv2, qwen_label"
     ):
         resolve("c2i_no_quality", "toy", 1)
-    with pytest.raises(Unavailable, match="no toy weights toy/weights/gpt_nano_48"):
-        resolve("c2i_B_384", "toy", 1)
+    with pytest.raises(Unavailable, match="the toy world has class policies of two sizes"):
+        resolve("c2i_XL_384", "toy", 1)
     assert resolve("c2i_B_384", "full", 1).policy == "weights/c2i_B_384.pt"
 
 
@@ -118,7 +118,11 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, capsys):
     paper.main(["--table", "2", "--dry-run", "--seeds", "2", "--jobs", "2", "--runs", str(tmp_path / "runs")])
     said = capsys.readouterr().out
     assert "c2i_B_256/seed-2: 40 steps; 0 of 3 measurements are there" in said
-    assert "left out: c2i_B_384: no toy weights" in said and "core minutes" in said and "GB of disk" in said
+    assert (
+        "left out: c2i_XL_384: the toy world has class policies of two sizes" in said
+        and "core minutes" in said
+        and "GB of disk" in said
+    )
     paper.main(["--table", "2", "--dry-run", "--scale", "full", "--runs", str(tmp_path / "runs")])
     # four runs of 100 steps at 19.9 GPU hours are 79.5; sampling 50,000 images comes on top
     hours = int(capsys.readouterr().out.partition("about ")[2].partition(" GPU hours")[0])
@@ -173,7 +177,11 @@ def test_a_finding_pairs_seeds(tmp_path):
     assert found.verdict == HOLDS
     text = findings_markdown(Measured(tmp_path, given), (1, 2, 3), "COMMAND")
     assert "| RL lowers recall | recall | 0.620 ± 0.040 | 0.700 ± 0.058 | -0.030 ± 0.010 | holds |" in text
-    assert f"| {NOT_MEASURABLE}: no toy weights toy/weights/gpt_nano_48 |" in text
+    assert f"| {NOT_MEASURABLE}: nothing changes in the toy world, whose rewards are" in text
+    total = sum(map(len, CLAIMS.values()))
+    assert (
+        f"In short: of {total} claims 1 holds, 0 are contradicted, 0 are within the noise, 1 is not measurable" in text
+    )
 
 
 def test_a_table_shows_ours_beside_printed_numbers(tmp_path):

@@ -1,5 +1,6 @@
 """The embedded world: drawing, the checker, and what the committed weights are worth."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from toy import checker, clip, measure, world
+from llamagen import LlamaGenForCausalLM
+from toy import checker, clip, make, measure, world
 
 WEIGHTS = Path(__file__).parents[1] / "toy" / "weights"
 GREY = world.Background((0.5, 0.5, 0.5))
@@ -214,15 +216,19 @@ def toy_clip():
 
 
 def policy_of(name):
-    from llamagen import LlamaGenForCausalLM
-
     return LlamaGenForCausalLM.from_pretrained(WEIGHTS / name).eval()
 
 
 @pytest.mark.parametrize(
-    "names", [("vq", "gpt_nano", "gpt_small", "clip", "hpsv2"), ("vq_t2i", "gpt_nano_t2i", "t5")], ids=["c2i", "t2i"]
+    "names",
+    [
+        ("vq", "gpt_nano", "clip", "hpsv2"),
+        ("vq_t2i", "gpt_nano_t2i", "t5"),
+        ("gpt_small", "gpt_nano_48"),
+    ],
+    ids=["c2i", "t2i", "other sizes"],
 )
-def test_the_weights_of_a_task_take_less_than_12_megabytes(names):
+def test_the_weights_of_a_world_take_less_than_12_megabytes(names):
     files = [path for name in names for path in (WEIGHTS / name).rglob("*") if path.is_file()]
     assert 1e6 < sum(path.stat().st_size for path in files) < 12e6
 
@@ -241,6 +247,25 @@ def test_tokenizer_keeps_fresh_pictures(vq):
 def test_policies_predict_the_codes_of_fresh_pictures_and_the_larger_does_it_better(vq):
     nano, small = (measure.measure_cross_entropy(policy_of(name), vq, 128, 555) for name in ("gpt_nano", "gpt_small"))
     assert small < nano < 1.3  # nats; 1.109 and 1.158 on 512 pictures
+
+
+def test_a_policy_of_a_second_resolution_draws_48_pixels(vq):
+    policy = policy_of("gpt_nano_48")
+    images = measure.sample_images(policy, vq, torch.arange(48) % 24)
+    assert images.shape == (48, 3, 48, 48)
+    assert checker.check_class(images.numpy(), torch.arange(48) % 24).mean() > 0.5
+
+
+def test_a_policy_that_begins_from_a_shallower_one_begins_with_its_predictions():
+    start = policy_of("gpt_nano")
+    deeper_recipe = dataclasses.replace(make.POLICIES["gpt_nano"], num_hidden_layers=6)
+    deeper = LlamaGenForCausalLM(deeper_recipe.config(start.config.vocab_size)).eval()
+    sequences = torch.randint(24, (3, 9), generator=torch.Generator().manual_seed(0))
+    make._begin_from(deeper, start)
+    with torch.no_grad():
+        torch.testing.assert_close(deeper(input_ids=sequences).logits, start(input_ids=sequences).logits)
+    with pytest.raises(ValueError, match="does not fit"):
+        make._begin_from(policy_of("gpt_nano"), deeper)
 
 
 def test_nano_policy_draws_what_it_is_asked_but_leaves_room(vq):

@@ -1,9 +1,9 @@
 """Train the toy world's models from a seed: python -m toy.make --out toy/weights --seed 0
 
-Writes save_pretrained folders (config.json, model.safetensors): vq, gpt_nano, gpt_small, clip; for text-to-image
-vq_t2i, gpt_nano_t2i and with it t5; and hpsv2, an open_clip folder. Weights are stored in half precision and load as
-float32, since config.json says so. With --official each LlamaGen model is also written as the .pt file the official
-programs read. Other jobs: --reference OUT.npz, --picture OUT.png, --prompts FOLDER.
+Writes save_pretrained folders (config.json, model.safetensors): vq, clip and the class policies gpt_nano, gpt_small and
+gpt_nano_48; for text-to-image vq_t2i, gpt_nano_t2i and with it t5; and hpsv2, an open_clip folder. Weights are stored
+in half precision and load as float32, since config.json says so. With --official each LlamaGen model is also written as
+the .pt file the official programs read. Other jobs: --reference OUT.npz, --picture OUT.png, --prompts FOLDER.
 """
 
 # Legend: B images, T codes of an image, V codebook size, S image side in pixels
@@ -93,7 +93,11 @@ WARMUP_STEPS = 30
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """Size and training length of one policy: each cycle (steps, peak rate) has its own pictures and its own cosine."""
+    """Size and training length of one policy: each cycle (steps, peak rate) has its own pictures and its own cosine.
+
+    `start` names a policy of the same width to begin from: layers that it lacks begin as identities, and codes of a
+    larger picture are new to it only in their number, since places are rotary angles and no weights.
+    """
 
     task: str
     hidden_size: int
@@ -101,6 +105,9 @@ class PolicyRecipe:
     num_attention_heads: int
     cycles: tuple[tuple[int, float], ...]
     batch_size: int
+    pool_size: int = POOL_SIZE
+    image_size: int = world.IMAGE_SIZE
+    start: str | None = None
 
     def config(self, vocab_size: int) -> LlamaGenConfig:
         """The policy's configuration for a tokenizer with that many codes."""
@@ -114,7 +121,7 @@ class PolicyRecipe:
             num_attention_heads=self.num_attention_heads,
             vocab_size=vocab_size,
             **condition,
-            image_token_num=(world.IMAGE_SIZE // VQ_CONFIG.downsample_factor) ** 2,
+            image_token_num=(self.image_size // VQ_CONFIG.downsample_factor) ** 2,
             multiple_of=32,
         )
 
@@ -122,6 +129,9 @@ class PolicyRecipe:
 POLICIES = {
     "gpt_nano": PolicyRecipe("c2i", 128, 4, 4, cycles=((1300, 2.5e-3), (1300, 2.5e-3)), batch_size=64),
     "gpt_small": PolicyRecipe("c2i", 192, 6, 6, cycles=((1400, 2e-3), (700, 1.2e-3)), batch_size=64),
+    "gpt_nano_48": PolicyRecipe(
+        "c2i", 128, 4, 4, cycles=((600, 1.5e-3),), batch_size=32, pool_size=6_400, image_size=48, start="gpt_nano"
+    ),
     "gpt_nano_t2i": PolicyRecipe(
         "t2i", 128, 5, 4, cycles=((1500, 2.2e-3), (2000, 2.2e-3), (2600, 2e-3)), batch_size=48
     ),
@@ -154,6 +164,11 @@ EXPECTED: dict[str, dict[str, float]] = {
         "checker_accuracy_guidance_1": 0.760,
         "checker_accuracy_guidance_2": 0.877,
     },
+    "gpt_nano_48": {
+        "cross_entropy": 1.020,
+        "checker_accuracy_guidance_1": 0.656,
+        "checker_accuracy_guidance_2": 0.671,
+    },
     "clip": {"zero_shot_drawn": 0.941, "zero_shot_decoded": 0.896},
     "hpsv2": {"preferred_drawn": 0.997, "preferred_decoded": 0.945},
 }
@@ -165,7 +180,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/weights"), help="folder of the models")
     parser.add_argument("--seed", type=int, default=0, help="fixes pictures, initial weights and batches")
     parser.add_argument(
-        "--only", default=",".join(MODELS), help=f"some of {','.join(MODELS)}; all but vq need vq, gpt_nano_t2i vq_t2i"
+        "--only",
+        default=",".join(MODELS),
+        help=f"some of {','.join(MODELS)}; all but vq need vq, gpt_nano_t2i vq_t2i, gpt_nano_48 gpt_nano",
     )
     parser.add_argument("--official", action="store_true", help="write the LlamaGen models as official .pt files, too")
     parser.add_argument("--picture", type=Path, help="draw a sheet of pictures from the models in --out; no training")
@@ -205,7 +222,9 @@ def make_model(name: str, out: Path, seed: int) -> dict[str, float]:
         vq = VQModel.from_pretrained(out / "vq_t2i")
         reached = make_text_policy(out / name, out / "t5", seed, POLICIES[name], vq)
     else:
-        reached = make_policy(out / name, seed, POLICIES[name], VQModel.from_pretrained(out / "vq"))
+        recipe = POLICIES[name]
+        start = None if recipe.start is None else LlamaGenForCausalLM.from_pretrained(out / recipe.start)
+        reached = make_policy(out / name, seed, recipe, VQModel.from_pretrained(out / "vq"), start)
     logger.info("%s: %.1f minutes", name, (time.monotonic() - started) / 60)
     for quantity, value in reached.items():
         logger.info("  %-28s %8.4f   expected %8.4f", quantity, value, EXPECTED[name].get(quantity, math.nan))
@@ -288,13 +307,17 @@ def _restart_unused_codes(vq: VQModel, images: Tensor, uses: Tensor) -> None:
     vq.quantize.embedding.weight[unused] = features[torch.randint(len(features), (len(unused),))]
 
 
-def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> dict[str, float]:
+def make_policy(
+    folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel, start: LlamaGenForCausalLM | None = None
+) -> dict[str, float]:
     """Train a class policy by maximum likelihood on codes, with condition dropout for guidance."""
     rng = np.random.default_rng([seed, 1])
     torch.manual_seed(seed)
     policy = LlamaGenForCausalLM(recipe.config(vq.config.codebook_size)).train()
+    if start is not None:
+        _begin_from(policy, start)
     for number, cycle in enumerate(recipe.cycles, start=1):
-        sequences = _code_pool(vq, POOL_SIZE, rng)  # [N, 1 + T]
+        sequences = _code_pool(vq, recipe.pool_size, rng, recipe.image_size)  # [N, 1 + T]
 
         def batch_loss(sequences: Tensor = sequences) -> Tensor:
             batch = sequences[torch.randint(len(sequences), (recipe.batch_size,))]  # [B, 1 + T]
@@ -313,6 +336,18 @@ def make_policy(folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> d
             for scale in (1.0, 2.0)
         },
     }
+
+
+@torch.no_grad()
+def _begin_from(policy: LlamaGenForCausalLM, start: LlamaGenForCausalLM) -> None:
+    """Give a policy the weights of one with fewer layers; its further layers add nothing to what they are given."""
+    further = policy.model.layers[start.config.num_hidden_layers :]
+    missing, unexpected = policy.load_state_dict(start.state_dict(), strict=False)
+    if unexpected or len(missing) != sum(len(layer.state_dict()) for layer in further):
+        raise ValueError(f"the policy to begin from does not fit: {missing[:3]} missing, {unexpected[:3]} unexpected")
+    for layer in further:
+        layer.attention.wo.weight.zero_()
+        layer.feed_forward.w2.weight.zero_()
 
 
 def make_text_policy(folder: Path, t5_folder: Path, seed: int, recipe: PolicyRecipe, vq: VQModel) -> dict[str, float]:
@@ -390,11 +425,11 @@ class ScenePool:
         self._left = 2 * len(self.codes)
 
 
-def _code_pool(vq: VQModel, size: int, rng: np.random.Generator) -> Tensor:
+def _code_pool(vq: VQModel, size: int, rng: np.random.Generator, image_size: int) -> Tensor:
     """[label | codes] of freshly drawn pictures, int64 [size, 1 + T]."""
     rows = []
     for start in tqdm(range(0, size, 500), desc="encoding pictures", unit="batch"):
-        images, labels = world.draw_random_classes(min(500, size - start), rng)
+        images, labels = world.draw_random_classes(min(500, size - start), rng, image_size=image_size)
         rows.append(torch.cat([torch.from_numpy(labels)[:, None], measure.encode(vq, images)], dim=1))
     return torch.cat(rows)
 

@@ -81,8 +81,9 @@ def encode(vq: VQModel, images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def measure_cross_entropy(policy: LlamaGenForCausalLM, vq: VQModel, num: int = 512, seed: int = HELD_OUT_SEED) -> float:
-    """Nats per code of `num` fresh pictures, given their class."""
-    images, labels = world.draw_random_classes(num, np.random.default_rng(seed))
+    """Nats per code of `num` fresh pictures in the policy's resolution, given their class."""
+    image_size = policy.config.grid_size * vq.config.downsample_factor
+    images, labels = world.draw_random_classes(num, np.random.default_rng(seed), image_size=image_size)
     sequences = torch.cat([torch.from_numpy(labels)[:, None], encode(vq, images)], dim=1)  # [B, 1 + T]
     losses = [code_cross_entropy(policy, chunk).item() * len(chunk) for chunk in sequences.split(128)]
     return sum(losses) / num
@@ -182,7 +183,7 @@ def sample_images(
     """Pictures [B, 3, S, S] in [0, 1] that a policy draws for labels [B]."""
     generator = torch.Generator().manual_seed(seed)
     sequences = policy.generate(labels[:, None], guidance_scale=guidance_scale, generator=generator)
-    return vq.decode(sequences[:, 1:])
+    return torch.cat([vq.decode(codes) for codes in sequences[:, 1:].split(128)])
 
 
 def measure_accuracy(

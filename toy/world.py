@@ -260,18 +260,21 @@ def class_scenes(
 
 
 def draw_classes(
-    labels: Sequence[int] | np.ndarray, rng: np.random.Generator, variety: Variety = CLASS_VARIETY
+    labels: Sequence[int] | np.ndarray,
+    rng: np.random.Generator,
+    variety: Variety = CLASS_VARIETY,
+    image_size: int = IMAGE_SIZE,
 ) -> np.ndarray:
-    """Pictures of classes: labels [B] -> float32 [B, 3, IMAGE_SIZE, IMAGE_SIZE] in [0, 1]."""
-    return render(class_scenes(labels, rng, variety))
+    """Pictures of classes: labels [B] -> float32 [B, 3, image_size, image_size] in [0, 1]."""
+    return render(class_scenes(labels, rng, variety), image_size)
 
 
 def draw_random_classes(
-    count: int, rng: np.random.Generator, variety: Variety = CLASS_VARIETY
+    count: int, rng: np.random.Generator, variety: Variety = CLASS_VARIETY, image_size: int = IMAGE_SIZE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of uniformly drawn classes: images as `draw_classes` [count, 3, ...], labels int64 [count]."""
     labels = rng.integers(0, len(CLASSES), count)
-    return draw_classes(labels, rng, variety), labels
+    return draw_classes(labels, rng, variety, image_size), labels
 
 
 def random_background(rng: np.random.Generator, variety: Variety = CLASS_VARIETY) -> Background:

@@ -20,7 +20,20 @@ from benchmark.entropy import LINE_COLORS
 from benchmark.paper.costs import spent_in_words
 from benchmark.paper.exhibits import CLAIMS, METRICS, Curves, Row, Samples, Table, columns_of, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Unavailable, resolve
-from benchmark.paper.results import ERRORS, NOT_MEASURABLE, Finding, find, jobs_of, measured_at, needs_of, over_seeds
+from benchmark.paper.results import (
+    ERRORS,
+    HOLDS,
+    NOISE,
+    NOT_MEASURABLE,
+    NOT_MEASURED,
+    OPPOSITE,
+    Finding,
+    find,
+    jobs_of,
+    measured_at,
+    needs_of,
+    over_seeds,
+)
 from benchmark.paper.run import Workspace, step_of
 from llamagen.grids import labelled_grid, save_png
 
@@ -106,7 +119,9 @@ def findings_markdown(workspace: Workspace, seeds: Sequence[int], command: str) 
         "",
         "The paper's own wording was not at hand: its findings stand here as questions that the toy world can answer.",
     ]
-    for section, claims in CLAIMS.items():
+    findings = {section: [find(workspace, claim, seeds) for claim in claims] for section, claims in CLAIMS.items()}
+    lines += ["", _in_short([finding for several in findings.values() for finding in several])]
+    for section in CLAIMS:
         lines += [
             "",
             f"## {section}",
@@ -114,7 +129,7 @@ def findings_markdown(workspace: Workspace, seeds: Sequence[int], command: str) 
             _row(["claim", "number", "this policy", "the other", "difference", "verdict"]),
             _row(["---", "---", "---:", "---:", "---:", "---"]),
         ]
-        lines += [_finding_row(find(workspace, claim, seeds)) for claim in claims]
+        lines += map(_finding_row, findings[section])
     notes = [f"- {name}: {one.toy_note}" for name, one in EXPERIMENTS.items() if one.toy_note]
     return "\n".join([*lines, "", "Experiments that need a word:", "", *notes]) + "\n"
 
@@ -194,6 +209,23 @@ def _our_cells(
         empty = "" if name not in measured else "not yet"
         cells.append(number_text(estimate(values.values()), METRICS[name].digits, len(seeds)) or empty)
     return cells
+
+
+def _in_short(findings: Sequence[Finding]) -> str:
+    """One sentence that counts the verdicts."""
+    counted = {
+        "holds": HOLDS,
+        "is contradicted": OPPOSITE,
+        "is within the noise": NOISE,
+        "is not measurable here": NOT_MEASURABLE,
+        "is not measured yet": NOT_MEASURED,
+    }
+    parts = []
+    for words, verdict in counted.items():
+        number = sum(finding.verdict == verdict for finding in findings)
+        plural = words.replace("is ", "are ").replace("holds", "hold")
+        parts.append(f"{number} {words if number == 1 else plural}")
+    return f"In short: of {len(findings)} claims {', '.join(parts)}."
 
 
 def _finding_row(found: Finding) -> str:
