@@ -34,9 +34,12 @@ def test_both_paths_draw_the_same_codes_from_different_numbers_of_prefixes(prefi
         sample = rollout.prepare_captions("GPT-B", 256, BATCH, 2.0, shared)
         torch.manual_seed(1)
         codes[shared] = sample()
+    sample = rollout.prepare_every_position("GPT-B", 256, BATCH, 2.0)
+    torch.manual_seed(1)
+    assert torch.equal(sample(), codes[True])
     assert torch.equal(codes[True], codes[False])
-    # a prefix and a null prefix an image; one a caption and one a length
-    assert prefilled == [2 * BATCH, 3 + 3]
+    # a prefix and a null prefix an image; one a caption and one a length; and an image again
+    assert prefilled == [2 * BATCH, 3 + 3, 2 * BATCH]
 
 
 def test_prefill_alone_gives_the_same_hidden_states(prefilled):
@@ -75,8 +78,8 @@ def test_t5_runs_once_an_image_or_once_a_caption(tmp_path, monkeypatch):
         return compute(encoder, keys)
 
     monkeypatch.setattr(T5TextEncoder, "_compute", record)
-    rollout.prepare_t5(str(tmp_path), BATCH, False)()
-    assert lengths == [10] * 8 + [12] * 8 + [14] * 4
-    lengths.clear()
-    rollout.prepare_t5(str(tmp_path), BATCH, True)()
-    assert lengths == [10, 12, 14]
+    for shared, expected in ((False, [10] * 8 + [12] * 8 + [14] * 4), (True, [10, 12, 14])):
+        run = rollout.prepare_t5(str(tmp_path), BATCH, shared)
+        lengths.clear()  # of the pass that loads the weights
+        run()
+        assert lengths == expected

@@ -4,7 +4,8 @@ python -m benchmark.speed.rollout --preset GPT-B --batch 16 --guidance_scale 2.0
 python -m benchmark.speed.rollout --task t2i --preset GPT-B --batch 16 --t5 base     # what groups of 8 share
 
 For captions the plain path is the same sampler without sharing: a prefix (and a null prefix) for every image, and a
-forward pass of T5 for every image. Weights and features are random, sizes are real.
+forward pass of T5 for every image; one row also keeps all positions of the prefix in the cache. Weights and features
+are random, sizes are real.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmark.speed.measure import describe_machine, measure, report
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, sampling
 from llamagen.modeling import LlamaGenModel
 from llamagen.text import PAD_ID, T5TextEncoder
+from llamagen.transformer import TransformerBlock
 
 GROUP = 8  # rollouts of one prompt, as in training
 CAPTION_LENGTHS = (10, 12, 14, 16)  # tokens of the captions, in turn; COCO's have about as many
@@ -66,6 +68,10 @@ def compare_captions(options: argparse.Namespace) -> None:
             "a prefix per image": measure(prepare, *sizes, False, repeats=options.repeats),
             "a prefix per caption": measure(prepare, *sizes, True, repeats=options.repeats),
         }
+        if prepare is prepare_captions:
+            rows["a prefix per image, a slot per position"] = measure(
+                prepare_every_position, *sizes, repeats=options.repeats
+            )
         title = f"{what}, t2i, {shape}, guidance {options.guidance_scale}, {describe_machine()}"
         report(title, rows, options.batch, baseline="a prefix per image")
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +98,18 @@ def prepare_captions(preset: str, image_size: int, batch: int, guidance_scale: f
     policy, condition = random_text_policy(preset, image_size, batch)
     sample = _with_autocast(lambda: policy.generate(**condition, guidance_scale=guidance_scale))
     return _sharing(sample, shared)
+
+
+def prepare_every_position(preset: str, image_size: int, batch: int, guidance_scale: float) -> Callable:
+    """As `prepare_captions` without sharing, and with P + T cache slots instead of 1 + T."""
+    policy, condition = random_text_policy(preset, image_size, batch)
+    sample = _with_autocast(lambda: policy.generate(**condition, guidance_scale=guidance_scale))
+
+    def run():
+        with a_prefix_per_image(), a_slot_per_position():
+            return sample()
+
+    return run
 
 
 def prepare_prefill(preset: str, image_size: int, batch: int, guidance_scale: float, shared: bool) -> Callable:
@@ -130,6 +148,41 @@ def a_prefix_per_image() -> Iterator[None]:
         mock.patch.object(sampling, "_distinct_conditions", every_row),
         mock.patch.object(LlamaGenModel, "embed_null", null_of_every_row),
     ):
+        yield
+
+
+@contextmanager
+def a_slot_per_position() -> Iterator[None]:
+    """Within `a_prefix_per_image`: the cache holds every condition position instead of one slot for them all."""
+    collapsed, prefill_block = sampling._prefill, TransformerBlock.prefill
+
+    def prefill(policy, input_ids: Tensor, attention_mask: Tensor, caption_embeds: Tensor, guided: bool):
+        of_layers = []  # values of the prefix, [R, K, P, d] each
+
+        def remember(block, *arguments):
+            hidden, values = prefill_block(block, *arguments)
+            of_layers.append(values)
+            return hidden, values
+
+        with mock.patch.object(TransformerBlock, "prefill", remember):
+            hidden, _, _ = collapsed(policy, input_ids, attention_mask, caption_embeds, guided)  # [R, D]
+        space = of_layers[0].new_zeros(*of_layers[0].shape[:2], policy.config.image_token_num, policy.config.head_dim)
+        values = [torch.cat((prefix, space), dim=2) for prefix in of_layers]  # [R, K, P + T, d]
+        cache = sampling.CodeCache([torch.zeros_like(value) for value in values], values)
+        hidden_positions = attention_mask.repeat(len(hidden) // len(input_ids), 1)[:, None, None] == 0  # [R, 1, 1, P]
+        bias = torch.zeros(len(hidden), 1, 1, values[0].shape[2], device=hidden.device)
+        bias[..., : hidden_positions.shape[-1]].masked_fill_(hidden_positions, -torch.inf)
+        return hidden, cache, bias
+
+    def decode(policy, codes: Tensor, step: int, cache: sampling.CodeCache, bias: Tensor) -> Tensor:
+        position = policy.config.cls_token_num + step
+        rotary = policy.model.rotary(codes.device)[position : position + 1]
+        hidden = policy.model.tok_embeddings(codes)[:, None]  # [R, 1, D]
+        for layer, keys, values in zip(policy.model.layers, cache.keys, cache.values):
+            hidden = layer(hidden, rotary, keys, values, position, bias, part="decode")
+        return policy.model.norm(hidden[:, 0])
+
+    with mock.patch.multiple(sampling, _prefill=prefill, _decode=decode):
         yield
 
 
