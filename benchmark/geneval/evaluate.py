@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from benchmark.files import write_atomically, write_json
 from benchmark.geneval.detections import Detections, file_digest, from_record, read_json_lines, to_record
 from benchmark.geneval.scoring import (
     IMAGES_PER_PROMPT,
@@ -123,8 +123,8 @@ def detect_all(
     asks = (_may_ask_color(sample, known.get(sample.filename), detector, options) for sample in samples)
     classifier = load_classifier() if any(asks) else None
     out.mkdir(parents=True, exist_ok=True)
-    _write_atomically(settings_file, json.dumps(settings, indent=2))
-    _write_atomically(log, "".join(map(_line, records.values())))  # without a torn last line
+    write_json(settings_file, settings)
+    write_atomically(log, "".join(map(_line, records.values())).encode())  # without a torn last line
     found: dict[str, Detections] = {}
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(samples), desc="geneval", unit="image") as progress:
         for start in range(0, len(samples), batch_size):
@@ -178,8 +178,8 @@ def score_all(
             IMAGES_PER_PROMPT,
             NUM_PROMPTS,
         )
-    _write_atomically(out / "results.jsonl", "".join(_line(result) for result in results))
-    _write_atomically(out / "summary.json", json.dumps(dataclasses.asdict(summary) | {"options": chosen}, indent=2))
+    write_atomically(out / "results.jsonl", "".join(_line(result) for result in results).encode())
+    write_json(out / "summary.json", dataclasses.asdict(summary) | {"options": chosen})
     return summary
 
 
@@ -330,9 +330,3 @@ def _short(settings: dict[str, Any], names: list[str]) -> str:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
