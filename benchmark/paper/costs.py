@@ -9,12 +9,12 @@ from pathlib import Path
 from benchmark.paper.plan import Point
 from benchmark.paper.run import Job, Workspace
 
-# Toy: seconds on one core of a busy machine. Measured: a step of the nano policies with their judges, the judge
-# server's share included; drawing and FID of 1,536 samples. The rest is estimated from these.
-TOY_SECONDS_PER_STEP = {"gpt_nano": 4.2, "gpt_nano_t2i": 4.6, "gpt_small": 8.0}
+# Toy: wall seconds with two commands at a time on two cores, measured while docs/findings.md was made: a step with
+# its judges (the server's share included), and each group of numbers with the start of its commands.
+TOY_SECONDS_PER_STEP = {"gpt_nano": 3.2, "gpt_nano_t2i": 3.8, "gpt_small": 6.0, "gpt_nano_48": 6.5}
 TOY_SECONDS_OTHERWISE = 6.0
-TOY_SECONDS_START = 12.0
-TOY_SECONDS = {"samples": 30.0, "fid": 12.0, "toy": 35.0, "entropy": 20.0, "geneval": 12.0, "drawbench": 30.0}
+TOY_SECONDS_START = 20.0
+TOY_SECONDS = {"samples": 40.0, "fid": 12.0, "toy": 28.0, "entropy": 26.0, "geneval": 12.0, "drawbench": 20.0}
 TOY_MEGABYTES = {"run": 25.0, "point": 6.0}
 
 # Full: GPU hours. VA-pi (Liao et al., CVPR 2026), Table 2, gives 149 minutes for AR-GRPO on LlamaGen-XL at 384 px, and
