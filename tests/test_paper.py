@@ -21,7 +21,19 @@ from benchmark.paper.exhibits import CLAIMS, FIGURES, METRICS, TABLES, Claim, Cu
 from benchmark.paper.plan import EXPERIMENTS, MAIN, QUARTERS, Point, Run, Unavailable, load_config, resolve
 from benchmark.paper.preflight import check_full
 from benchmark.paper.render import figure_png, findings_markdown, load_printed, table_markdown
-from benchmark.paper.results import HOLDS, NOISE, NOT_MEASURABLE, NOT_MEASURED, OPPOSITE, find, jobs_of, judge, needs_of
+from benchmark.paper.results import (
+    HOLDS,
+    LEANS,
+    LEANS_AWAY,
+    NOISE,
+    NOT_MEASURABLE,
+    NOT_MEASURED,
+    OPPOSITE,
+    find,
+    jobs_of,
+    judge,
+    needs_of,
+)
 from benchmark.paper.run import GROUPS, Job, StageFailed, Workspace, execute
 from toy import world
 
@@ -136,8 +148,12 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
-        ([1.0, 2.0, 3.0], HOLDS),  # mean 2, standard error 1 / sqrt(3) = 0.577: 3.5 of them
-        ([-1.0, -2.0, -3.0], OPPOSITE),
+        # t of 2 degrees of freedom at 97.5 %: 4.303 (a printed table). Mean 2, standard error 1 / sqrt(3): 3.46 of them
+        ([1.0, 2.0, 3.0], LEANS),
+        ([-1.0, -2.0, -3.0], LEANS_AWAY),
+        ([2.0, 3.0, 4.0], HOLDS),  # 5.2 of them
+        ([-2.0, -3.0, -4.0], OPPOSITE),
+        ([1.0, 2.0, 3.0, 4.0], HOLDS),  # 3.87 of them, and 3.182 will do with 3 degrees of freedom
         ([-1.0, 0.0, 2.0], NOISE),  # mean 0.333, standard error 0.882
         ([0.5, 0.5], HOLDS),  # no noise at all
         ([0.0, 0.0], NOISE),
@@ -147,7 +163,7 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, capsys):
 )
 def test_a_verdict_follows_the_stated_rule(differences, verdict):
     assert judge(estimate(differences), 1) == verdict
-    mirrored = {HOLDS: OPPOSITE, OPPOSITE: HOLDS}.get(verdict, verdict)
+    mirrored = {HOLDS: OPPOSITE, OPPOSITE: HOLDS, LEANS: LEANS_AWAY, LEANS_AWAY: LEANS}.get(verdict, verdict)
     assert judge(estimate(differences), -1) == mirrored
 
 
@@ -172,16 +188,16 @@ def test_a_finding_pairs_seeds(tmp_path):
     }
     claim = Claim("recall falls", "recall", -1, Point("c2i_B_256"), Point("c2i_B_256", 0))
     found = find(Measured(tmp_path, given), claim, (1, 2, 3))
-    # -0.02 and -0.04: mean -0.03, standard error 0.01; the levels alone differ by far more than that
+    # -0.02 and -0.04: mean -0.03, standard error 0.01; the levels alone differ by far more than that. 3 standard errors
+    # are not the 12.7 that 1 degree of freedom asks for
     assert found.difference == pytest.approx(Estimate(-0.03, 0.01, 2))
-    assert found.verdict == HOLDS
+    assert found.verdict == LEANS
     text = findings_markdown(Measured(tmp_path, given), (1, 2, 3), "COMMAND")
-    assert "| RL lowers recall | recall | 0.620 ± 0.040 | 0.700 ± 0.058 | -0.030 ± 0.010 | holds |" in text
+    assert f"| RL lowers recall | recall | 0.620 ± 0.040 | 0.700 ± 0.058 | -0.030 ± 0.010 | {LEANS} |" in text
     assert f"| {NOT_MEASURABLE}: nothing changes in the toy world, whose rewards are" in text
     total = sum(map(len, CLAIMS.values()))
-    assert (
-        f"In short: of {total} claims 1 holds, 0 are contradicted, 0 are within the noise, 1 is not measurable" in text
-    )
+    counts = "0 hold, 1 leans that way, 0 do not show, 0 lean the other way, 0 are contradicted, 1 is not measurable"
+    assert f"In short: of {total} claims {counts}" in text
 
 
 def test_a_table_shows_ours_beside_printed_numbers(tmp_path):

@@ -21,13 +21,17 @@ from benchmark.paper.costs import spent_in_words
 from benchmark.paper.exhibits import CLAIMS, METRICS, Curves, Row, Samples, Table, columns_of, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Unavailable, resolve
 from benchmark.paper.results import (
-    ERRORS,
+    CONFIDENCE,
     HOLDS,
+    LEANING,
+    LEANS,
+    LEANS_AWAY,
     NOISE,
     NOT_MEASURABLE,
     NOT_MEASURED,
     OPPOSITE,
     Finding,
+    certain_from,
     find,
     jobs_of,
     measured_at,
@@ -108,10 +112,10 @@ def findings_markdown(workspace: Workspace, seeds: Sequence[int], command: str) 
         _about(workspace, seeds, command),
         "",
         "**Rule.** Each seed gives one difference between the two policies that a claim compares, with the same "
-        "sampling noise for both. The claim holds if the mean difference has the claimed sign and is larger than "
-        f"{ERRORS:g} standard errors over seeds; it does not hold if the opposite was measured, or if the difference "
-        "is within the noise. With three seeds a standard error is itself rough, and among many claims one or the "
-        "other crosses the border by chance: read the numbers, not only the verdict.",
+        "sampling noise for both. The claim holds, or the opposite was measured, if Student's t interval of "
+        f"{CONFIDENCE:.0%} over seeds leaves zero out ({certain_from(len(seeds)):.1f} standard errors for {len(seeds)} "
+        f"seeds). A difference of more than {LEANING:g} standard errors leans one way; what is smaller does not show. "
+        "Among so many claims one or two cross a border by chance: read the numbers, not only the verdict.",
         "",
         "FID, sFID, Inception Score, precision and recall are computed on the features of the toy CLIP, which is one "
         "of the rewards, and so not independent of training. Truth is the share of samples in which a checker without "
@@ -130,7 +134,8 @@ def findings_markdown(workspace: Workspace, seeds: Sequence[int], command: str) 
             _row(["---", "---", "---:", "---:", "---:", "---"]),
         ]
         lines += map(_finding_row, findings[section])
-    notes = [f"- {name}: {one.toy_note}" for name, one in EXPERIMENTS.items() if one.toy_note]
+    compared = {point.experiment for claims in CLAIMS.values() for one in claims for point in (one.point, one.other)}
+    notes = [f"- {name}: {one.toy_note}" for name, one in EXPERIMENTS.items() if one.toy_note and name in compared]
     return "\n".join([*lines, "", "Experiments that need a word:", "", *notes]) + "\n"
 
 
@@ -215,16 +220,19 @@ def _in_short(findings: Sequence[Finding]) -> str:
     """One sentence that counts the verdicts."""
     counted = {
         "holds": HOLDS,
+        "leans that way": LEANS,
+        "does not show": NOISE,
+        "leans the other way": LEANS_AWAY,
         "is contradicted": OPPOSITE,
-        "is within the noise": NOISE,
         "is not measurable here": NOT_MEASURABLE,
         "is not measured yet": NOT_MEASURED,
     }
     parts = []
     for words, verdict in counted.items():
         number = sum(finding.verdict == verdict for finding in findings)
-        plural = words.replace("is ", "are ").replace("holds", "hold")
-        parts.append(f"{number} {words if number == 1 else plural}")
+        first, _, rest = words.partition(" ")
+        plural = {"is": "are", "does": "do"}.get(first, first.removesuffix("s"))
+        parts.append(f"{number} {words if number == 1 else f'{plural} {rest}'.strip()}")
     return f"In short: of {len(findings)} claims {', '.join(parts)}."
 
 

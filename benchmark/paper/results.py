@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.stats import t as student_t
+
 from benchmark.clusters import Estimate, estimate, paired_change
 from benchmark.paper.exhibits import CLAIMS, METRICS, Claim, Curves, Samples, Table, metrics_of
 from benchmark.paper.plan import QUARTERS, Point, Unavailable, resolve
 from benchmark.paper.run import Job, Workspace
 
-ERRORS = 2.0  # standard errors that a difference has to exceed to count
+CONFIDENCE = 0.95  # of Student's t interval, which has to lie on one side of zero
+LEANING = 2.0  # standard errors from which on a difference is said to lean one way
 
-HOLDS, OPPOSITE, NOISE = "holds", "does not hold: the opposite was measured", "does not hold: within the noise"
+HOLDS, OPPOSITE = "holds", "does not hold: the opposite was measured"
+LEANS, LEANS_AWAY = "leans that way, not certain", "leans the other way, not certain"
+NOISE = "does not show: within the noise"
 NOT_MEASURABLE = "not measurable in the toy world"
 NOT_MEASURED = "not measured yet"
 
@@ -37,8 +42,8 @@ class Finding:
 def judge(difference: Estimate, direction: int) -> str:
     """The verdict on a claim about the sign of a difference.
 
-    A difference counts if it is larger than `ERRORS` standard errors over seeds, each seed being one paired
-    difference.
+    Each seed is one paired difference. A difference counts if Student's t interval of `CONFIDENCE` over seeds leaves
+    zero out (4.3 standard errors for 3 seeds), and leans one way from `LEANING` standard errors on.
 
     Args:
         difference: mean over seeds and its standard error.
@@ -46,9 +51,17 @@ def judge(difference: Estimate, direction: int) -> str:
     """
     if difference.mean is None or difference.standard_error is None:
         return NOT_MEASURED
-    if abs(difference.mean) <= ERRORS * difference.standard_error or difference.mean == 0:
+    size, as_claimed = abs(difference.mean), difference.mean * direction > 0
+    if size == 0 or size <= LEANING * difference.standard_error:
         return NOISE
-    return HOLDS if difference.mean * direction > 0 else OPPOSITE
+    if size <= certain_from(difference.num_clusters) * difference.standard_error:
+        return LEANS if as_claimed else LEANS_AWAY
+    return HOLDS if as_claimed else OPPOSITE
+
+
+def certain_from(num_seeds: int) -> float:
+    """Half the width of Student's t interval of `CONFIDENCE`, in standard errors."""
+    return float(student_t.ppf((1 + CONFIDENCE) / 2, num_seeds - 1))
 
 
 def needs_of(exhibit: Table | Curves | Samples, scale: str) -> dict[Point, set[str]]:
