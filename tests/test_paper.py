@@ -193,7 +193,7 @@ def test_a_finding_pairs_seeds(tmp_path):
     assert found.difference == pytest.approx(Estimate(-0.03, 0.01, 2))
     assert found.verdict == LEANS
     text = findings_markdown(Measured(tmp_path, given), (1, 2, 3), "COMMAND")
-    assert f"| RL lowers recall | recall | 0.620 ± 0.040 | 0.700 ± 0.058 | -0.030 ± 0.010 | {LEANS} |" in text
+    assert f"| RL lowers recall | recall | 0.620 ± 0.040 | 0.700 ± 0.058 | -0.030 ± 0.010 (n = 2) | {LEANS} |" in text
     assert f"| {NOT_MEASURABLE}: nothing changes in the toy world, whose rewards are" in text
     total = sum(map(len, CLAIMS.values()))
     counts = "0 hold, 1 leans that way, 0 do not show, 0 lean the other way, 0 are contradicted, 1 is not measurable"

@@ -19,7 +19,7 @@ from benchmark.curves import GRID_COLOR, new_figure, png_of, scalar_curves
 from benchmark.entropy import LINE_COLORS
 from benchmark.paper.costs import spent_in_words
 from benchmark.paper.exhibits import CLAIMS, METRICS, Curves, Row, Samples, Table, columns_of, metrics_of
-from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Unavailable, resolve
+from benchmark.paper.plan import EXPERIMENTS, QUARTERS, TOY_CHANGES, Point, Unavailable, resolve
 from benchmark.paper.results import (
     CONFIDENCE,
     HOLDS,
@@ -133,7 +133,7 @@ def findings_markdown(workspace: Workspace, seeds: Sequence[int], command: str) 
             _row(["claim", "number", "this policy", "the other", "difference", "verdict"]),
             _row(["---", "---", "---:", "---:", "---:", "---"]),
         ]
-        lines += map(_finding_row, findings[section])
+        lines += [_finding_row(found, len(seeds)) for found in findings[section]]
     compared = {point.experiment for claims in CLAIMS.values() for one in claims for point in (one.point, one.other)}
     notes = [f"- {name}: {one.toy_note}" for name, one in EXPERIMENTS.items() if one.toy_note and name in compared]
     return "\n".join([*lines, "", "Experiments that need a word:", "", *notes]) + "\n"
@@ -190,8 +190,9 @@ def number_text(found: Estimate, digits: int, num_seeds: int | None = None, sign
 
 def _about(workspace: Workspace, seeds: Sequence[int], command: str) -> str:
     scale = {
-        "toy": "Toy world: nano policies on drawn shapes, CLIP features in Inception's place. Not comparable with "
-        "printed numbers; the directions are.",
+        "toy": "Toy world: nano policies on drawn shapes, CLIP features in Inception's place, "
+        f"{TOY_CHANGES['max_steps']} steps of 64 samples at a rate of {TOY_CHANGES['learning_rate']:g}. Not comparable "
+        "with printed numbers; the directions are.",
         "full": "Full scale, by the paper's configurations.",
     }[workspace.scale.name]
     return f"{scale} Mean ± standard error over seeds {', '.join(map(str, seeds))}. Command: `{command}`"
@@ -236,11 +237,11 @@ def _in_short(findings: Sequence[Finding]) -> str:
     return f"In short: of {len(findings)} claims {', '.join(parts)}."
 
 
-def _finding_row(found: Finding) -> str:
+def _finding_row(found: Finding, num_seeds: int) -> str:
     digits = METRICS[found.claim.metric].digits
     reason = f": {found.reason}" if found.verdict == NOT_MEASURABLE else ""
     estimates = [number_text(one, digits) for one in (found.point, found.other)]
-    difference = number_text(found.difference, digits, sign="+")
+    difference = number_text(found.difference, digits, num_seeds, sign="+")
     verdict = f"{found.verdict}{reason}"
     return _row([found.claim.text, METRICS[found.claim.metric].title, *estimates, difference, verdict])
 
