@@ -8,7 +8,6 @@ from pathlib import Path
 from benchmark.archives import ImageArchive
 from benchmark.drawbench.metrics import DRAWBENCH, TABLE_METRICS
 from benchmark.fid.inception import find_weights
-from benchmark.geneval.detections import read_object_names
 from benchmark.paper.run import GENEVAL_PROMPTS, Job, Workspace
 from dataset.captions import load_captions
 from img_gen_grpo_rewards import RewardArguments, build_rewards
@@ -59,7 +58,6 @@ def check_full(workspace: Workspace, jobs: Sequence[Job]) -> None:
     if {("t2i", "samples"), ("t2i", "entropy"), ("t2i", "geneval")} & left:
         attempt(require_file, GENEVAL_PROMPTS["full"], "GenEval's prompts", FETCH.format("geneval"))
     if "geneval" in groups:
-        attempt(read_object_names, Path("data/geneval/object_names.txt"))
         attempt(check_all, build_scorers(["geneval"], ScorerArguments()).values())
     if "drawbench" in groups:
         attempt(require_file, DRAWBENCH, "DrawBench's prompts", FETCH.format("drawbench"))
