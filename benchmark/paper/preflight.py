@@ -40,10 +40,12 @@ def check_full(workspace: Workspace, jobs: Sequence[Job]) -> None:
             attempt(_require_path, settings[name])
         if job.run.task == "t2i":
             attempt(require_model, settings["text_encoder"], "text encoder")
-        if job.trained and not workspace.is_trained(job.run):
-            attempt(build_rewards, None, settings.get("reward_weights"), None, RewardArguments.of_config(settings))
-            if job.run.task == "t2i":
-                attempt(load_captions, settings["prompts"])
+    to_train = {job.run.name: job.run for job in jobs if job.trained and not workspace.is_trained(job.run)}
+    for run in to_train.values():  # once for all seeds: it asks servers and reads prompts
+        settings = run.settings
+        attempt(build_rewards, None, settings.get("reward_weights"), None, RewardArguments.of_config(settings))
+        if run.task == "t2i":
+            attempt(load_captions, settings["prompts"])
     left = {
         (job.run.task, group)
         for job in jobs
