@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmark.archives import ImageArchive, Statistics
 from benchmark.fid.features import INCEPTION, FeatureNetwork, load_features
 from benchmark.files import write_json
+from llamagen.devices import pick_device
 
 logger = logging.getLogger(__name__)
 
@@ -284,9 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: evaluate, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        _check_device(device)
+        device = pick_device(options.device)
         if options.json and options.json.is_dir():
             raise ValueError(f"--json {options.json} is a folder: give the file to write")
         class_names = None
@@ -396,13 +396,6 @@ class _Moments:
         self._scatter += np.outer(shift, shift) * (self._count * len(rows) / count)
         self._mean = self._mean + shift * (len(rows) / count)
         self._count = count
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such kind, no driver, a torch built without it
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _open_archives(

@@ -21,11 +21,11 @@ from benchmark.sample_classes import (
     check_png,
     load_models,
     pick_classes,
-    pick_device,
     read_draw_settings,
 )
 from benchmark.sampling import draw_class
 from dataset.labels import load_class_names
+from llamagen.devices import pick_device
 from llamagen.grids import labelled_grid, save_png
 
 DEMO_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # of LlamaGen's own demo

@@ -20,10 +20,10 @@ from benchmark.sample_classes import (
     add_model_arguments,
     check_counts,
     check_png,
-    pick_device,
     read_draw_settings,
 )
 from benchmark.sampling import draw_captions
+from llamagen.devices import pick_device
 from llamagen.grids import labelled_grid, save_png
 
 

@@ -36,9 +36,10 @@ from benchmark.drawbench.scores import (
     write_summary,
 )
 from benchmark.models import find_policy
-from benchmark.sample_classes import job_name, pick_device
+from benchmark.sample_classes import job_name
 from benchmark.sampling import Share
 from img_gen_grpo_rewards import RewardArguments
+from llamagen.devices import pick_device
 from reward_utils.arguments import ScorerArguments
 from reward_utils.registry import SCORERS, build_scorers
 from reward_utils.scorer import Scorer

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.files import write_atomically
+from benchmark.files import write_bytes
 
 Curve = list[tuple[float, float]]  # (step, value) in step order; a value that is missing or not finite is nan
 
@@ -90,7 +90,7 @@ def plot_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path
         axes.grid(color=GRID_COLOR, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("step", fontsize=8)
-    return write_atomically(path, png_of(figure))
+    return write_bytes(path, png_of(figure))
 
 
 def new_figure(width: float, height: float):

@@ -32,11 +32,12 @@ from tqdm import tqdm
 from benchmark import sample_captions, sample_classes
 from benchmark.clusters import Estimate, estimate, estimate_text, paired_change
 from benchmark.curves import GRID_COLOR, new_figure, png_of
-from benchmark.files import write_atomically, write_json
+from benchmark.files import write_bytes, write_json
 from benchmark.models import BASE, CONFIG_NAME, FINAL, arguments_of_run, find_policy, fingerprint, load_policy
 from benchmark.sampling import DrawSettings, draw_codes, sample_seed
 from dataset.captions import load_captions
 from llamagen import LlamaGenForCausalLM
+from llamagen.devices import pick_device
 from llamagen.text import CLEANING_VERSION, CaptionEncoder, encoder_identity
 from llamagen.text_store import StoredTextEncoder, load_text_encoder
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         result = measure_checkpoints(options)
         write_json(options.output / "entropy.json", result)
-        write_atomically(options.output / "entropy.png", draw_curves(result["checkpoints"]))
+        write_bytes(options.output / "entropy.png", draw_curves(result["checkpoints"]))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{format_table(result)}\n{options.output / 'entropy.json'}\n{options.output / 'entropy.png'}\n")
@@ -328,7 +329,7 @@ class _Meter:
 
     def __init__(self, options: argparse.Namespace, captions: list[str] | None) -> None:
         self.options, self.captions = options, captions
-        self.device = sample_classes.pick_device(options.device)
+        self.device = pick_device(options.device)
         self.draw_settings = sample_classes.read_draw_settings(options, self.device)
         conditions: Any = options.labels or options.num_conditions
         if captions is not None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from llamagen.checkpoints import write_atomically
 
-def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Write a file by way of one of this process's own beside it, and give its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return path
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write a file and give its path; readers see the old one or the whole new one."""
+    write_atomically(path, lambda partial: partial.write_bytes(data))
+    return Path(path)
 
 
 def write_json(path: str | Path, content: dict) -> Path:
     """The same for JSON; NaN and infinity, which JSON has not, are refused."""
-    return write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    return write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

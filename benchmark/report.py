@@ -49,7 +49,7 @@ from benchmark.curves import (
     svg_chart,
     to_number,
 )
-from benchmark.files import write_atomically
+from benchmark.files import write_bytes
 
 __all__ = ["Run", "main", "plot_curves", "read_run", "write_report"]
 
@@ -102,7 +102,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     ]
     template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     page = template.substitute(title=_escape(title), body="\n".join(sections))
-    path = write_atomically(out if out is not None else run.folder / "report.html", page.encode("utf-8"))
+    path = write_bytes(out if out is not None else run.folder / "report.html", page.encode("utf-8"))
     logger.info("wrote %s: %.1f MB", path, path.stat().st_size / 1e6)
     return path
 

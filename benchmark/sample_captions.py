@@ -35,7 +35,6 @@ from benchmark.sample_classes import (
     check_counts,
     describe_job,
     job_name,
-    pick_device,
     read_draw_settings,
 )
 from benchmark.sampling import (
@@ -50,6 +49,7 @@ from benchmark.sampling import (
 )
 from dataset.captions import load_captions, load_metadata
 from llamagen import LlamaGenForCausalLM, LlamaGenProcessor, VQModel
+from llamagen.devices import pick_device
 from llamagen.grids import save_png
 from llamagen.pixels import fid_samples
 from llamagen.text import CLEANING_VERSION, DEFAULT_ENCODER, CaptionEncoder, prepare_caption
@@ -106,10 +106,11 @@ class PromptFolder(JobFolder):
         self.prompts, self.num_per_prompt = prompts, num_per_prompt
 
     def __contains__(self, unit: Unit) -> bool:
-        return all(
-            is_filled(self._metadata_path(prompt)) and all(map(is_filled, self.image_paths(prompt)))
-            for prompt in self.prompts_of(unit)
-        )
+        return all(map(self.holds, self.prompts_of(unit)))
+
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether everything of a prompt is there; it may be one that only a larger job has."""
+        return is_filled(self._metadata_path(prompt)) and all(map(is_filled, self.image_paths(prompt)))
 
     def write(self, unit: Unit, images: np.ndarray) -> None:
         """Write the images uint8 [n, H, W, 3] and metadata of a unit's prompts; each file appears when it is whole."""
@@ -201,9 +202,10 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
         wait_for_units(folder)
         folder.clean()
         record = describe_job(options, models.policy_path, models.vq_path, device, settings)
-        counts = {"num_prompts": len(prompts), "num_images": len(prompts) * options.num_per_prompt, "size": size}
+        done = sum(map(folder.holds, every_prompt))  # a larger job may have left more than this one's
+        counts = {"num_prompts": done, "num_images": done * options.num_per_prompt, "size": size}
         write_json(output / RECORD_NAME, record | {"prompts": options.prompts, **counts})
-        logger.info("%s: %d images of %d prompts, %d x %d", output, counts["num_images"], len(prompts), size, size)
+        logger.info("%s: %d images of %d prompts, %d x %d", output, counts["num_images"], done, size, size)
     return output
 
 

@@ -12,9 +12,7 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -42,6 +40,7 @@ from benchmark.sampling import (
     wait_for_units,
 )
 from llamagen import LlamaGenForCausalLM, VQModel
+from llamagen.devices import pick_device
 from llamagen.grids import save_png
 from llamagen.pixels import FID_SIZE, fid_samples
 from llamagen.sampling import check_sampling
@@ -208,27 +207,6 @@ def read_draw_settings(options: argparse.Namespace, device: torch.device) -> Dra
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawSettings)}
     given["dtype"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return DrawSettings(**given)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, by default a GPU if there is one. A GPU without a number is this process's own.
-
-    Raises:
-        ValueError: for a name that is none of a CPU or GPU, or a GPU that is not there.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: it takes cuda, a GPU by its number as cuda:0, or cpu")
-    if name == "cpu":
-        return torch.device(name)
-    index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
-    if index >= (count := torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        raise ValueError(
-            f"--device {name}: there is no GPU {index}, {count} can be used here (CUDA_VISIBLE_DEVICES: {visible}). "
-            "Name GPUs that nvidia-smi lists, one for each process, or cpu: as --device, or as GPU_RANK of the scripts"
-        )
-    return torch.device("cuda", index)
 
 
 def pick_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:

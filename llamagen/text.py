@@ -23,6 +23,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llamagen.devices import pick_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
@@ -214,7 +216,7 @@ class T5TextEncoder(CaptionEncoder):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: a forward pass takes at least 1 caption")
         self.batch_size = batch_size
-        self.device = usable_device(device)
+        self.device = pick_device(device)
         self.dtype = dtype or default_dtype(self.device)
         try:
             self._folder = _find_or_fetch(self.name_or_path)
@@ -335,22 +337,6 @@ def encoder_identity(name_or_path: str | Path) -> str | None:
 def default_dtype(device: torch.device) -> torch.dtype:
     """What T5 runs in where nobody says: bfloat16 on a GPU, as LlamaGen's features were, and float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device, or for None the current GPU if there is one.
-
-    Raises:
-        ValueError: if it is not on this machine.
-    """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(name)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        advice = "take cpu, cuda or cuda:N"
-        raise ValueError(f"device {name} cannot be used here ({_first_line(error)}): {advice}") from error
-    return found
 
 
 def _find(name_or_path: str | Path) -> Path | None:

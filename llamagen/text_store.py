@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from llamagen.devices import pick_device
 from llamagen.text import (
     CLEANING_VERSION,
     DEFAULT_ENCODER,
@@ -25,7 +26,6 @@ from llamagen.text import (
     T5TextEncoder,
     default_dtype,
     encoder_identity,
-    usable_device,
 )
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class StoredTextEncoder(CaptionEncoder):
     ):
         super().__init__(name_or_path, max_length, padding, clean, cache_size)
         self.path = Path(path)
-        self.device = usable_device(device)
+        self.device = pick_device(device)
         self._file = _open(self.path)
         metadata = self._file.metadata() or {}
         here = encoder_identity(name_or_path)

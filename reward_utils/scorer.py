@@ -207,10 +207,19 @@ def check_all(parts: Iterable[Scorer | Network]) -> None:
     Raises:
         FileNotFoundError | ConnectionError: with everything that is missing, not only the first.
     """
+    look_for_all(part.check for part in parts)
+
+
+def look_for_all(looks: Iterable[Callable[[], object]]) -> None:
+    """Call functions that raise FileNotFoundError or ConnectionError where something is missing.
+
+    Raises:
+        FileNotFoundError | ConnectionError: with everything that is missing, not only the first.
+    """
     problems: list[Exception] = []
-    for part in parts:
+    for look in looks:
         try:
-            part.check()
+            look()
         except (FileNotFoundError, ConnectionError) as error:
             problems.append(error)
     if problems:

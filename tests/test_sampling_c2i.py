@@ -27,6 +27,7 @@ from benchmark.sampling import (
     shuffled_rows,
     wait_for_units,
 )
+from llamagen.devices import pick_device
 from worlds import NUM_CLASSES, make_policy, make_vq
 
 ROOT = Path(__file__).parents[1]
@@ -364,17 +365,17 @@ def test_each_process_has_the_gpu_of_its_rank_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert sample_classes.pick_device("cuda") == torch.device("cuda:0")
+    assert pick_device("cuda") == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert sample_classes.pick_device("cuda") == sample_classes.pick_device(None) == torch.device("cuda:1")
-    assert sample_classes.pick_device("cuda:0") == torch.device("cuda:0")
-    assert sample_classes.pick_device("cpu") == torch.device("cpu")
+    assert pick_device("cuda") == pick_device(None) == torch.device("cuda:1")
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     for name in ("cuda", None):
         with pytest.raises(ValueError, match="there is no GPU 2, 2 can be used here"):
-            sample_classes.pick_device(name)
+            pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert sample_classes.pick_device(None) == torch.device("cpu")
+    assert pick_device(None) == torch.device("cpu")
 
 
 def test_missing_weight_files_say_where_to_get_them(sample, tmp_path, monkeypatch):

@@ -237,6 +237,8 @@ def test_stored_features_draw_the_same_images(sample, world, tmp_path):
 def test_a_job_over_the_first_prompts_can_be_carried_on(sample):
     assert len(content(sample("first", "--num_prompts", "2"))) == 2 * (NUM_PER_PROMPT + 1)
     assert content(sample("first")) == content(sample("whole"))
+    record = json.loads((sample("first", "--num_prompts", "2") / "samples.json").read_text())
+    assert (record["num_prompts"], record["num_images"]) == (5, 15)  # what lies there, not what was asked for last
 
 
 # ---- what a run trained with, and what is refused --------------------------------------------------------------------

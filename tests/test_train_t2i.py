@@ -150,6 +150,27 @@ def test_rollouts_of_a_caption_share_a_batch_of_the_update(trainer, monkeypatch,
     assert len(seen) == 2 * 4 and set(seen) == {1}
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_a_step_moves_the_policy_as_it_would_without_rows_side_by_side(trainer, monkeypatch, loss_type):
+    def weights_after_a_step():
+        run = trainer(
+            "left",
+            P,
+            **{"num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 1, "loss_type": loss_type},
+            **{"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0},
+        )
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        run.train()
+        return before, run.model.state_dict()
+
+    before, moved = weights_after_a_step()
+    monkeypatch.setattr("img_gen_grpo_trainer.side_by_side", lambda batches, per_step: batches)
+    _, as_shuffled = weights_after_a_step()
+    assert max((moved[name] - before[name]).abs().max() for name in before) > 1e-3
+    for name in before:
+        torch.testing.assert_close(moved[name], as_shuffled[name], atol=1e-6, rtol=1e-4)
+
+
 def test_rows_put_side_by_side_stay_whole_and_in_their_step():
     kinds = torch.tensor([[1, 1], [0, 7], [1, 1], [0, 7], [0, 7], [5, 5], [1, 1], [5, 5]])
     rows = torch.arange(8)

@@ -14,7 +14,7 @@ from benchmark.geneval.detect import COLOR_MODEL, COLOR_WEIGHTS, DETECTOR, Color
 from benchmark.geneval.detections import file_digest, read_object_names
 from benchmark.geneval.evaluate import Detector, ExportedDetections, detect_all, find_samples, score_all
 from benchmark.geneval.scoring import ScoringOptions, format_summary, summary_table
-from benchmark.sample_classes import pick_device
+from llamagen.devices import pick_device
 
 OBJECT_NAMES = Path(__file__).parents[2] / "data/geneval/object_names.txt"
 MIN_SCORE = 0.05  # of the rows that are kept on disk; every threshold must be above

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from benchmark.files import write_atomically, write_json
+from benchmark.files import write_bytes, write_json
 from benchmark.geneval.detections import Detections, file_digest, from_record, read_json_lines, to_record
 from benchmark.geneval.scoring import (
     IMAGES_PER_PROMPT,
@@ -124,7 +124,7 @@ def detect_all(
     classifier = load_classifier() if any(asks) else None
     out.mkdir(parents=True, exist_ok=True)
     write_json(settings_file, settings)
-    write_atomically(log, "".join(map(_line, records.values())).encode())  # without a torn last line
+    write_bytes(log, "".join(map(_line, records.values())).encode())  # without a torn last line
     found: dict[str, Detections] = {}
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(samples), desc="geneval", unit="image") as progress:
         for start in range(0, len(samples), batch_size):
@@ -178,7 +178,7 @@ def score_all(
             IMAGES_PER_PROMPT,
             NUM_PROMPTS,
         )
-    write_atomically(out / "results.jsonl", "".join(_line(result) for result in results).encode())
+    write_bytes(out / "results.jsonl", "".join(_line(result) for result in results).encode())
     write_json(out / "summary.json", dataclasses.asdict(summary) | {"options": chosen})
     return summary
 

@@ -14,7 +14,7 @@ from benchmark.geneval.scoring import ScoringOptions, judge_image, partial_credi
 from benchmark.geneval.weights import require_color_model, require_detector
 from reward_utils.geneval import KINDS, check_all_details
 from reward_utils.images import to_pil
-from reward_utils.scorer import Network, Scorer, Shared
+from reward_utils.scorer import Network, Scorer, Shared, look_for_all
 
 
 class DetectedGenevalScorer(Scorer):
@@ -91,18 +91,13 @@ class GenevalNetwork(Network):
         Raises:
             FileNotFoundError: with everything that is missing, a line each with its remedy.
         """
-        missing = []
-        for look in (
-            lambda: read_object_names(self.object_names),
-            lambda: require_detector(self.detector_name),
-            lambda: require_color_model(self.color_model, self.color_weights),
-        ):
-            try:
-                look()
-            except FileNotFoundError as error:
-                missing.append(str(error))
-        if missing:
-            raise FileNotFoundError("\n".join(missing))
+        look_for_all(
+            (
+                lambda: read_object_names(self.object_names),
+                lambda: require_detector(self.detector_name),
+                lambda: require_color_model(self.color_model, self.color_weights),
+            )
+        )
 
     def build(self) -> nn.Module:
         self._detector = InstanceDetector(read_object_names(self.object_names), self.detector_name, device="cpu")

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmark.files import write_atomically
+from benchmark.files import write_bytes
 from benchmark.paper.costs import Cost, cost_of, in_words
 from benchmark.paper.exhibits import FIGURES, TABLES, Curves, Table
 from benchmark.paper.plan import Unavailable
@@ -104,11 +104,11 @@ def _write(workspace: Workspace, options: argparse.Namespace, seeds: Sequence[in
     command = _command(options, len(seeds))
     results = workspace.root / "results"
     if options.findings:
-        return [write_atomically(FINDINGS, findings_markdown(workspace, seeds, command).encode())]
+        return [write_bytes(FINDINGS, findings_markdown(workspace, seeds, command).encode())]
     if options.table:
         text = table_markdown(workspace, options.table, TABLES[options.table], seeds, load_printed(), command)
         sys.stdout.write(f"{text}\n")
-        return [write_atomically(results / f"table_{options.table}.md", text.encode())]
+        return [write_bytes(results / f"table_{options.table}.md", text.encode())]
     figure, name = FIGURES[options.figure], f"figure_{options.figure}"
     note = (
         f"# Figure {options.figure}: {figure.title}\n\nCommand: `{command}`. Bands are one standard error over seeds.\n"
@@ -116,14 +116,14 @@ def _write(workspace: Workspace, options: argparse.Namespace, seeds: Sequence[in
     try:
         if isinstance(figure, Curves):
             picture, data = figure_png(workspace, figure, seeds)
-            write_atomically(results / f"{name}.png", picture)
-            write_atomically(results / f"{name}.json", json.dumps(data, indent=1).encode())
+            write_bytes(results / f"{name}.png", picture)
+            write_bytes(results / f"{name}.json", json.dumps(data, indent=1).encode())
         else:
             samples_png(workspace, figure, seeds[0], results / f"{name}.png")
             note = f"# Figure {options.figure}: {figure.title}\n\nCommand: `{command}`. The same noise in a column.\n"
     except Unavailable as reason:
-        return [write_atomically(results / f"{name}.md", f"{note}\nNot there: {reason}.\n".encode())]
-    write_atomically(results / f"{name}.md", f"{note}\n![{figure.title}]({name}.png)\n".encode())
+        return [write_bytes(results / f"{name}.md", f"{note}\nNot there: {reason}.\n".encode())]
+    write_bytes(results / f"{name}.md", f"{note}\n![{figure.title}]({name}.png)\n".encode())
     return [results / f"{name}.md", results / f"{name}.png"]
 
 

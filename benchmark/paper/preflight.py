@@ -11,6 +11,7 @@ from benchmark.fid.inception import find_weights
 from benchmark.paper.run import GENEVAL_PROMPTS, Job, Workspace
 from dataset.captions import load_captions
 from img_gen_grpo_rewards import RewardArguments, build_rewards
+from llamagen.checkpoints import where_to_get
 from reward_utils.arguments import ScorerArguments
 from reward_utils.files import require_file, require_model
 from reward_utils.registry import build_scorers
@@ -70,7 +71,7 @@ def check_full(workspace: Workspace, jobs: Sequence[Job]) -> None:
 
 def _require_path(path: str) -> None:
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no {path}: the README (Weights) says where it comes from")
+        raise FileNotFoundError(where_to_get(path))
 
 
 def _check_reference(path: Path) -> None:

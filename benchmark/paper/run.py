@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmark.curves import scalar_curves
 from benchmark.drawbench.metrics import DRAWBENCH
-from benchmark.files import write_atomically, write_json
+from benchmark.files import write_bytes, write_json
 from benchmark.models import FINAL, fingerprint
 from benchmark.paper.plan import QUARTERS, TOY_CONFIGS, Point, Run, load_config
 from benchmark.sampling import check_same_settings
@@ -189,7 +189,7 @@ class Workspace:
         config = folder / "config.yaml"
         settings = {key: value for key, value in run.settings.items() if value is not None}
         write_json(folder / "experiment.json", self._trained_with(run))
-        write_atomically(config, yaml.safe_dump(settings | {"output_dir": str(folder)}, sort_keys=False).encode())
+        write_bytes(config, yaml.safe_dump(settings | {"output_dir": str(folder)}, sort_keys=False).encode())
         script = (
             ["bash", f"run_{run.task}_train.sh", str(config)]
             if self.scale.name == "full"
