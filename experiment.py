@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,7 +19,7 @@ from typing import Literal
 
 import transformers
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from img_gen_grpo_rewards import RewardArguments, build_rewards
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FINAL = "final"  # folder of the run that holds the policy after its last step
 SETTINGS = "settings.json"
+STATE = "trainer_state.json"  # transformers writes it last into a checkpoint
 CONVERTED_POLICY = "initial_policy"  # folder in the run that holds a `.pt` policy in Hugging Face form
 LORA_MODULES = ["wqkv", "wo", "w1", "w2", "w3"]  # what LoRA adapts unless told otherwise
 # What says which prompts and rollouts belong to a step: a checkpoint in the middle of them goes on with the same.
@@ -63,16 +64,18 @@ class PolicyArguments:
     decode_batch_size: int = field(default=32, metadata={"help": "Images that the tokenizer decodes at a time."})
 
 
-def parse(argument_classes: list[type], description: str) -> tuple:
+def parse(argument_classes: list[type], description: str, words: Sequence[str] | None = None) -> tuple:
     """Parse the command line (and `--config FILE.yaml`) into these dataclasses and the ones every run has.
 
+    Args:
+        words: the command line; None takes the program's own.
     Returns:
         One object per class in `argument_classes`, then PolicyArguments, RewardArguments, ImgGenGRPOConfig,
         ModelConfig.
     """
     classes = (*argument_classes, PolicyArguments, RewardArguments, ImgGenGRPOConfig, ModelConfig)
     parser = TrlParser(classes, description=description)
-    arguments = parser.parse_args_and_config()
+    arguments = parser.parse_args_and_config(words)
     level = logging.INFO if arguments[-2].process_index == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
     # transformers renames options that TRL still sets by their old names: nothing that a user of this script could do
@@ -245,6 +248,31 @@ def write_settings(folder: Path, resumed_from: str | None, *arguments) -> None:
     write_atomically(path, lambda partial: partial.write_text(json.dumps(settings, indent=2, default=str) + "\n"))
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None if it has none; a newer one that was cut off is named in the log."""
+    cut_off = []
+    for found in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_number_of_checkpoint, reverse=True):
+        if step_of_checkpoint(found) is not None:
+            if cut_off:
+                logger.warning("passed over, cut off while written: %s; goes on from %s", ", ".join(cut_off), found)
+            return found
+        cut_off.append(str(found))
+    return None
+
+
+def step_of_checkpoint(folder: str | Path) -> int | None:
+    """Steps behind a checkpoint; None if it is not whole: its state is what is written last."""
+    try:
+        return json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _number_of_checkpoint(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
 def _plain(arguments) -> dict:
     if isinstance(arguments, ImgGenGRPOConfig):
         return arguments.to_dict()
@@ -268,23 +296,22 @@ def _check_output(config: ImgGenGRPOConfig) -> None:
         ValueError: otherwise.
     """
     folder, checkpoint = Path(config.output_dir), config.resume_from_checkpoint
-    newest = get_last_checkpoint(folder) if folder.is_dir() else None
     if checkpoint is None:
-        if newest is not None:
+        if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             raise ValueError(
                 f"{folder} already holds checkpoints: go on with --resume_from_checkpoint last, or choose another "
                 "--output_dir"
             )
         return
     if checkpoint in ("last", "True", "true", True):
-        if newest is None:
-            raise ValueError(f"no checkpoint to resume from in {folder}: start without --resume_from_checkpoint")
-        checkpoint = newest
-    state = Path(checkpoint) / "trainer_state.json"
-    if not state.is_file():
-        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {state.name}")
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            raise ValueError(f"no whole checkpoint to resume from in {folder}: remove it and start anew")
+    step = step_of_checkpoint(checkpoint)
+    if step is None:
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no whole checkpoint: it has no {STATE} to be read")
     config.resume_from_checkpoint = str(checkpoint)
-    if (step := json.loads(state.read_text())["global_step"]) >= config.max_steps:
+    if step >= config.max_steps:
         raise ValueError(f"{checkpoint} is at step {step} already: raise --max_steps {config.max_steps} to go on")
     settings = Path(checkpoint).parent / SETTINGS
     if not settings.is_file():

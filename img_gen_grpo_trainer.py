@@ -6,6 +6,7 @@ F reward functions.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -19,12 +20,13 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import is_async_callable
 
 from img_gen_grpo_rewards import RewardSuite, fill_missing
 from llamagen.grids import labelled_grid, save_png
@@ -191,9 +193,10 @@ class ImgGenGRPOTrainer(GRPOTrainer):
     A prompt is a class id or a caption; its completion is always T codes, without an end token. Overrides:
     `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards and drops
     conditions; `_prepare_inputs` puts rollouts of one caption into one batch of the update;
-    `_calculate_rewards` times them and fills what failed; `_get_per_token_logps_and_entropies` scores the guided or
-    the conditional policy; `_compute_loss`, `training_step` and `log` add metrics; `_save_checkpoint` and
-    `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was taken in the middle of.
+    `_calculate_rewards` times them, fills what failed and ends all processes together;
+    `_get_per_token_logps_and_entropies` scores the guided or the conditional policy; `_compute_loss`, `training_step`
+    and `log` add metrics; `_save_checkpoint` and `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was
+    taken in the middle of.
 
     Args:
         model: a `LlamaGenForCausalLM` loaded from a folder (the reference policy is loaded from the same folder), or
@@ -221,6 +224,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         )
         self._seconds = defaultdict(float)  # of rollout, rewards and whole steps since the last log
         self._images_drawn = 0
+        self._stopped_together = False  # by an error that every process knows of
         self._rollout_images: Tensor | None = None  # [B, 3, H, W], of the last rollout
         self._replayed_logps: Tensor | None = None  # [B, T], of the last forward of the update
         self.stop_after_signal = StopAfterSignal(self)
@@ -291,11 +295,30 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         started = time.perf_counter()
         if self._reward_suite is not None:
             self._reward_suite.prefetch(self._rollout_images, *texts_and_metadata(inputs))
-        rewards = super()._calculate_rewards(inputs, prompts, self._rollout_images, completion_ids_list)  # [N, F]
+        functions, errors = self.reward_funcs, []
+        self.reward_funcs = [_collecting(function, errors) for function in functions]
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, self._rollout_images, completion_ids_list)  # [N, F]
+        finally:
+            self.reward_funcs = functions
+        self._raise_in_every_process(errors)
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         self._count_seconds("rewards", started)
         return fill_missing(rewards, num_generations)
+
+    def _raise_in_every_process(self, errors: list[Exception]) -> None:
+        """Raise this process's first error, or say whose it was: a process that ended alone would leave others waiting.
+
+        All are then at the same place, so that `save_after_crash` can save sharded weights, too.
+        """
+        flag = torch.tensor([len(errors)], device=self.accelerator.device)
+        failed = self.accelerator.gather(flag).nonzero().flatten().tolist()
+        self._stopped_together = bool(failed)
+        if errors:
+            raise errors[0]
+        if failed:
+            raise RuntimeError(f"rewards failed in process {', '.join(map(str, failed))}, whose message says why")
 
     # ------------------------------------------------------------------------------------------------ update
 
@@ -417,30 +440,39 @@ class ImgGenGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        window = self.args.steps_per_generation * self.num_iterations
-        if self._step % window == 0 or self._buffered_inputs is None:
-            return
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        tensors = {
-            f"{number}/{name}": value.clone().contiguous().cpu()
-            for number, batch in enumerate(self._buffered_inputs)
-            for name, value in batch.items()
-            if value is not None
-        }
-        save_file(tensors, folder / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors")
+        window = self.args.steps_per_generation * self.num_iterations
+        if self._step % window and self._buffered_inputs is not None:
+            tensors = {
+                f"{number}/{name}": value.clone().contiguous().cpu()
+                for number, batch in enumerate(self._buffered_inputs)
+                for name, value in batch.items()
+                if value is not None
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors")
+        super()._save_checkpoint(model, trial)  # its last file is the sign of a whole checkpoint
 
     def save_after_crash(self) -> None:
         """Checkpoint the last finished step, so that an error (a judge that died, say) costs nothing trained before.
 
-        Not for sharded weights: gathering them needs every process, and some may be gone.
+        Where every process knows of the error (`_raise_in_every_process`) they save together. Otherwise the others may
+        be gone or wait elsewhere: the first process then saves what it holds, and nobody saves sharded weights.
         """
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if step == 0 or folder.exists() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if step == 0 or folder.exists():
             return
-        self._save_checkpoint(self.model, trial=None)
-        logger.error("stopped by an error after step %d; %s holds that step: resume from it", step, folder)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._stopped_together:
+            self.accelerator.wait_for_everyone()  # all have looked for the folder
+        elif sharded or not self.args.should_save:
+            return
+        self._save_checkpoint(self.model, trial={})  # None would have transformers gather its count of operations
+        if self._stopped_together:
+            self.accelerator.wait_for_everyone()  # the first to leave has the launcher end the others
+        if self.args.should_save:
+            logger.error("stopped by an error after step %d; %s holds that step: resume from it", step, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -536,14 +568,18 @@ class ImageGridCallback(TrainerCallback):
         suite = self.trainer._reward_suite
         if suite is None:
             return {}, [0.0] * len(images)
-        raw = suite.score(images, captions, metadata)
-        rewards = {
-            function.__name__: [
-                None if score is None else function.transform(score) for score in raw[function.scorer.name]
-            ]
-            for function in suite
-        }
-        return rewards, suite.totals(raw)
+        try:
+            raw = suite.score(images, captions, metadata)
+            rewards = {
+                function.__name__: [
+                    None if score is None else function.transform(score) for score in raw[function.scorer.name]
+                ]
+                for function in suite
+            }
+            return rewards, suite.totals(raw)
+        except Exception:  # in this process alone, so that the others go on: the next rollout's rewards end them all
+            logger.exception("the pictures of step %d have no rewards", self.trainer.state.global_step)
+            return {}, [0.0] * len(images)
 
     def _send(self, picture, step: int) -> None:
         import numpy as np
@@ -619,6 +655,22 @@ def texts_and_metadata(rows: Iterable[dict]) -> tuple[list[str], list | None]:
     rows = list(rows)
     texts = [row.get("caption", row["prompt"]) for row in rows]
     return texts, [row["metadata"] for row in rows] if "metadata" in rows[0] else None
+
+
+def _collecting(function, errors: list[Exception]):
+    """A reward function that puts its errors into `errors` and gives zeros, which nobody uses, in their place."""
+    if isinstance(function, nn.Module) or is_async_callable(function):
+        return function
+
+    @functools.wraps(function, updated=())
+    def call(*, completions, **columns):
+        try:
+            return function(completions=completions, **columns)
+        except Exception as error:
+            errors.append(error)
+            return [0.0] * len(completions)
+
+    return call
 
 
 def _shown(score: float | None) -> str:

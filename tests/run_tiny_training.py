@@ -32,6 +32,8 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--die_in_step", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--fail_in_step", type=int, help="the reward of the last process fails while this is drawn")
+    parser.add_argument("--save_steps", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = ImgGenGRPOConfig(
@@ -44,7 +46,7 @@ def main():
         lr_scheduler_type="constant",
         beta=0.1,
         logging_steps=1,
-        save_steps=1,
+        save_steps=options.save_steps,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -58,12 +60,19 @@ def main():
 
     def recorded_brightness(prompts, completions, **kwargs):
         seen.append(prompts)
+        last = config.process_index == config.world_size - 1
+        if last and trainer.state.global_step + 1 == options.fail_in_step:
+            raise ConnectionError("the judge is gone")
         return brightness(prompts, completions)
 
     trainer = ImgGenGRPOTrainer(policy, [recorded_brightness], config, make_dataset(), make_processor(policy))
     if options.die_in_step is not None:
         trainer.add_callback(Die(options.die_in_step))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if options.resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if options.resume else None)
+    except Exception:
+        trainer.save_after_crash()
+        raise
     result = {
         "weights": {name: value.double().sum().item() for name, value in policy.state_dict().items()},
         "prompts": seen,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import sys
 import types
@@ -347,7 +348,7 @@ def test_detections_survive_the_disk_bit_for_bit():
 
 
 def test_malformed_detections_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"expected \[x1, y1, x2, y2, score\]"):
+    with pytest.raises(ValueError, match=r"expected finite numbers \[x1, y1, x2, y2, score\]"):
         from_record({"filename": "a", "detections": {"dog": [[1, 2, 3, 4]]}})
     with pytest.raises(ValueError, match="1 colors for 0 rows of 'dog'"):
         from_record({"filename": "a", "detections": {}, "colors": {"dog": ["red"]}})
@@ -355,6 +356,17 @@ def test_malformed_detections_are_named(tmp_path):
         decode_mask({"size": [2, 3], "counts": [1, 4]})
     with pytest.raises(ValueError, match="compressed text"):
         decode_mask({"size": [2, 3], "counts": "06"})
+    for record, message in [
+        ({}, "a: 'detections' is None, expected an object name -> rows"),
+        ({"detections": [[1, 2, 3, 4, 0.5]]}, "a: 'detections' is"),
+        ({"detections": {"dog": [[0, 0, 9, 9, math.nan]]}}, "a: 'dog' has rows .*expected finite numbers"),
+        ({"detections": {"dog": [[0, 0, 9, 9, "high"]]}}, "a: 'dog' has rows"),
+        ({"detections": {"dog": [[0, 0, 9, 9, 0.5]]}, "masks": {"dog": [{"counts": [9]}]}}, "a: a mask is"),
+        ({"detections": {"dog": [[0, 0, 9, 9, 0.5]]}, "masks": {"dog": 3}}, "a: no list of masks"),
+        ({"detections": {}, "colors": ["red"]}, "a: 'colors' is"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_record({"filename": "a", **record})
     path = tmp_path / "d.jsonl"
     path.write_text('{"filename": "a"}\n{"filename": "b", "det')
     assert read_json_lines(path) == [{"filename": "a"}]  # a stopped run's torn line
@@ -410,6 +422,26 @@ def test_exported_detections_are_scored(images, tmp_path, capsys):
     # other thresholds need no detector: they are applied to what is on disk
     main([str(images), "--detections", str(exported), "--out", str(tmp_path / "out"), "--threshold", "0.5"])
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["task_scores"]["single_object"] == 0.0
+
+
+def test_exports_that_would_count_for_nothing_are_refused_or_named(images, tmp_path, capsys, caplog):
+    exported, names = tmp_path / "exported.jsonl", tmp_path / "names.txt"
+    names.write_text("dog\nbench\n")
+
+    def score(records, out="out"):
+        exported.write_text("".join(json.dumps(record) + "\n" for record in records))
+        options = ["--detections", str(exported), "--object-names", str(names), "--out", str(tmp_path / out)]
+        main([str(images), *options])
+
+    score([{**record, "detections": {**record["detections"], "cat": []}} for record in EXPORTED])  # mmdet's empty class
+    assert "Overall score,0.5" in capsys.readouterr().out
+    assert "1 kinds of objects that are none of GenEval's (cat)" in caplog.text
+    with pytest.raises(SystemExit, match=r"two lines for 00001/samples/0001\.png"):
+        score([*EXPORTED, EXPORTED[-1]], "twice")
+    mask = {"size": [9, 9], "counts": [81]}
+    masked = {**EXPORTED[0], "masks": {"dog": [mask, mask]}}
+    with pytest.raises(SystemExit, match=r"a mask of 00000/samples/0000.png is 9 x 9 pixels, the picture 32 x 32"):
+        score([masked, *EXPORTED[1:]], "masked")
 
 
 def test_native_detection_runs_offline_and_goes_on_where_it_stopped(images, tiny_detector, tiny_clip, tmp_path):

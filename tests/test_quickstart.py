@@ -1,6 +1,7 @@
 """The main job, end to end: the real scripts on the committed toy weights, cut short."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -59,3 +60,41 @@ def test_the_last_line_says_what_happened():
     # 0.09 / 0.018 = 5 standard errors
     assert "80.0% of 768 fresh samples before and 89.0% after (+9.0 points, 5.0 standard errors" in said
     assert "runs/x/report.html" in said
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """`quick(*options)`: a quickstart whose training fails at once; gives what was measured before it."""
+    measured = []
+    monkeypatch.setattr(quickstart, "measure", lambda *arguments: measured.append(arguments))
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 3))
+
+    def call(*options):
+        config = ["--config", "configs/toy_c2i.yaml", "--output_dir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["toy.quickstart", *config, *options])
+        with pytest.raises(SystemExit) as stopped:
+            quickstart.main()
+        return measured, stopped.value.code
+
+    return call
+
+
+def test_what_is_measured_is_what_is_trained_whatever_options_say(quick):
+    options = ["--model_name_or_path", "toy/weights/gpt_small", "--guidance_scale", "1.5", "--use_cpu", "true"]
+    hpsv2 = ["--hpsv2_weights", "toy/weights/hpsv2/open_clip_model.safetensors", "--hpsv2_architecture"]
+    options += ["--reward_funcs", "hpsv2", *hpsv2, "toy/weights/hpsv2"]
+    (before,), code = quick(*options)
+    policy, _, rewards, _, guidance_scale, when = before
+    assert (policy.config.hidden_size, guidance_scale, when, code) == (192, 1.5, "before", 3)
+    assert rewards.names == ["hpsv2"]
+
+
+def test_a_quickstart_clears_only_what_one_has_made(quick, tmp_path):
+    checkpoint = tmp_path / "run/checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    measured, said = quick("--use_cpu", "true")
+    assert "holds checkpoints of another run: choose another --output_dir" in said and checkpoint.is_dir()
+    measured, said = quick("--resume_from_checkpoint", "last")
+    assert "begins anew" in said and checkpoint.is_dir() and not measured
+    (tmp_path / "run" / quickstart.MARK).write_text("")
+    assert quick("--use_cpu", "true")[1] == 3 and not checkpoint.exists()

@@ -108,6 +108,28 @@ def test_a_judge_that_dies_costs_no_finished_step(world, run, tmp_path, monkeypa
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
 
 
+def test_last_is_the_newest_checkpoint_that_is_whole(world, run, tmp_path, capsys):
+    run({**world, "max_steps": 3})
+    for step, state in ((3, None), (2, '{"global_step": 2')):  # killed before, and while, the state was written
+        path = tmp_path / f"run/checkpoint-{step}/trainer_state.json"
+        path.unlink() if state is None else path.write_text(state)
+    run({**world, "max_steps": 3}, "--resume_from_checkpoint", "last")
+    resumed = json.loads((tmp_path / "run/settings-checkpoint-1.json").read_text())
+    assert resumed["arguments"]["ImgGenGRPOConfig"]["resume_from_checkpoint"].endswith("checkpoint-1")
+    said = capsys.readouterr().err
+    assert "cut off while written" in said and "checkpoint-3" in said
+
+
+def test_grids_of_a_run_whose_judge_is_gone_are_drawn_without_rewards(world, run, tmp_path, monkeypatch):
+    def gone(self, *arguments):
+        raise ConnectionError("the judge is gone")
+
+    monkeypatch.setattr("img_gen_grpo_rewards.RewardSuite.totals", gone)  # which only grids ask for
+    run({**world, "max_steps": 1, "image_grid_steps": 1})
+    assert (tmp_path / "run/final").is_dir()
+    assert len([*(tmp_path / "run/samples").glob("step-*.png")]) == 2
+
+
 def test_lora_through_trls_own_flags(world, run, tmp_path):
     run(world, "--use_peft", "--lora_r", "4")
     assert (tmp_path / "run/final/adapter_model.safetensors").exists()
@@ -165,9 +187,9 @@ def test_a_run_that_cannot_go_on_says_so_before_anything_is_loaded(world, run, t
     monkeypatch.setattr(experiment, "load_policy", None)
     with pytest.raises(SystemExit, match=r"is at step 1 already: raise --max_steps 1"):
         run({**world, "max_steps": 1}, "--resume_from_checkpoint", "last")
-    with pytest.raises(SystemExit, match=r"nowhere is no checkpoint: it has no trainer_state\.json"):
+    with pytest.raises(SystemExit, match=r"nowhere is no whole checkpoint: it has no trainer_state\.json"):
         run({**world, "max_steps": 2}, "--resume_from_checkpoint", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="no checkpoint to resume from"):
+    with pytest.raises(SystemExit, match="no whole checkpoint to resume from"):
         run({**world, "output_dir": str(tmp_path / "new")}, "--resume_from_checkpoint", "last")
     (tmp_path / "run/checkpoint-1/rollout_buffer-0.safetensors").touch()
     with pytest.raises(SystemExit, match=r"in the middle of a rollout's batches .*num_iterations was 1, is 2"):

@@ -462,6 +462,16 @@ def test_a_killed_two_process_run_goes_on_as_if_nothing_had_happened(tmp_path, t
     assert resumed["weights"] == whole["weights"]
 
 
+def test_a_judge_that_dies_in_one_process_ends_both_with_a_checkpoint(tmp_path):
+    done = launch(tmp_path, 2, "--fail_in_step", "2", "--save_steps", "100", expect=1)  # else they wait for each other
+    assert "ConnectionError: the judge is gone" in done.stderr
+    assert "RuntimeError: rewards failed in process 1, whose message says why" in done.stderr
+    files = {path.name for path in (tmp_path / "run/checkpoint-1").iterdir()}
+    assert {"model.safetensors", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= files
+    launch(tmp_path, 2, "--resume", "--save_steps", "100")
+    assert json.loads((tmp_path / "rank0.json").read_text())["metrics"]["step"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------- wrong settings
 
 

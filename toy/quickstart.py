@@ -10,6 +10,7 @@ stopped afterwards, if the configuration asks for one; `--config configs/toy_c2i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
@@ -22,22 +23,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmark.models import load_policy
 from benchmark.report import plot_curves, write_report
 from dataset.captions import load_metadata
 from dataset.labels import class_caption
+from experiment import FINAL, PolicyArguments, errors_in_one_line, parse
 from img_gen_grpo_rewards import RewardArguments, RewardSuite, build_rewards
-from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor, VQModel
+from img_gen_grpo_trainer import ImgGenGRPOConfig
+from llamagen import LlamaGenForCausalLM, LlamaGenProcessor, VQModel
 from llamagen.grids import labelled_grid, save_png
 from llamagen.text import CaptionEncoder
 from llamagen.text_store import load_text_encoder
+from llamagen.vq import load_tokenizer
 from toy import checker, world
 from toy.geneval import judge_picture
 from toy.judge_server import running_judge_server
+from train_c2i import ClassArguments
+from train_t2i import TextArguments
 
 SAMPLES_PER_CLASS = 64  # 1,536 in all: a standard error of 1 point at 80 %
 SAMPLES_PER_PROMPT = 8  # 1,152 in all, 192 for each of GenEval's tasks
@@ -46,6 +52,7 @@ SHOWN_ROWS = 6  # classes or prompts in the before-and-after picture
 SHOWN_SAMPLES = 8
 MEASURE_BATCH = 128
 MEASURE_SEED = 1234  # noise of the measured samples, the same before and after
+MARK = ".quickstart"  # file in a folder whose contents a quickstart may replace, because one made them
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,34 @@ class Task:
     """What the two tasks differ in.
 
     Attributes:
-        script, config, output_dir: of the training.
+        name: "c2i" or "t2i".
+        script, arguments, config, output_dir: of the training; `arguments` is the script's own dataclass.
         claim: what the checker finds, for the last line.
-        load: called with the configuration, gives what is measured.
+        load: called with the training's settings and the policy before it, gives what is measured.
     """
 
+    name: str
     script: str
+    arguments: type
     config: Path
     output_dir: Path
     claim: str
-    load: Callable[[dict], Questions]
+    load: Callable[[Settings, LlamaGenForCausalLM], Questions]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a training was asked for, on the command line or by its configuration file."""
+
+    own: ClassArguments | TextArguments
+    policy: PolicyArguments
+    rewards: RewardArguments
+    config: ImgGenGRPOConfig
+    policy_path: str
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
 
 
 @dataclass(frozen=True)
@@ -90,7 +115,7 @@ class Questions:
         return [value for value in values for _ in range(self.num_samples)]
 
 
-def class_questions(settings: dict) -> Questions:
+def class_questions(settings: Settings, policy: LlamaGenForCausalLM) -> Questions:
     """The classes of the drawn world."""
     labels = range(len(world.CLASS_NAMES))
     return Questions(
@@ -102,31 +127,38 @@ def class_questions(settings: dict) -> Questions:
     )
 
 
-def caption_questions(settings: dict) -> Questions:
-    """The prompts of `GENEVAL_PROMPTS`, through the text encoder that the configuration names."""
+def caption_questions(settings: Settings, policy: LlamaGenForCausalLM) -> Questions:
+    """The prompts of `GENEVAL_PROMPTS`, read as the training reads its own."""
     metadata = load_metadata(GENEVAL_PROMPTS)
     captions = [row["prompt"] for row in metadata]
-    policy_config = LlamaGenConfig.from_pretrained(settings["model_name_or_path"])
+    text: TextArguments = settings.own
+    encoder = load_text_encoder(
+        policy.config, text.text_encoder, padding=text.caption_padding, clean=not text.no_cleaning
+    )
     return Questions(
         prompts=captions,
         captions=captions,
         kinds=[row["tag"] for row in metadata],
         num_samples=SAMPLES_PER_PROMPT,
         right=lambda number, image: judge_picture(metadata[number], image)[0],
-        text_encoder=load_text_encoder(policy_config, settings["text_encoder"]),
+        text_encoder=encoder,
     )
 
 
 TASKS = {
     "c2i": Task(
+        name="c2i",
         script="train_c2i.py",
+        arguments=ClassArguments,
         config=Path("configs/toy_c2i_judges.yaml"),
         output_dir=Path("runs/quickstart"),
         claim="right shape and colour in",
         load=class_questions,
     ),
     "t2i": Task(
+        name="t2i",
         script="train_t2i.py",
+        arguments=TextArguments,
         config=Path("configs/toy_t2i.yaml"),
         output_dir=Path("runs/quickstart_t2i"),
         claim="what the caption asks for, by GenEval's rules, in",
@@ -175,34 +207,48 @@ def main() -> None:
     )
     options, overrides = parser.parse_known_args()
     task = TASKS[options.task]
-    options.config = options.config or task.config
-    options.output_dir = options.output_dir or task.output_dir
-    settings = yaml.safe_load(options.config.read_text())
-    if settings.get("qwen_mode") == "server":
-        with running_judge_server() as url:
-            run(task, {**settings, "qwen_url": url}, options, ["--qwen_url", url, *overrides])
-    else:
-        run(task, settings, options, overrides)
+    words = ["--config", str(options.config or task.config), "--output_dir", str(options.output_dir or task.output_dir)]
+    with errors_in_one_line(), contextlib.ExitStack() as stack:
+        if settings_of(task, [*words, *overrides]).rewards.qwen_mode == "server" and "--qwen_url" not in overrides:
+            overrides = ["--qwen_url", stack.enter_context(running_judge_server()), *overrides]
+        run(task, [*words, *overrides], options.seconds_install)
 
 
-def run(task: Task, settings: dict, options: argparse.Namespace, overrides: list[str]) -> None:
-    """Measure, train, measure again and write it all down."""
-    output_dir = options.output_dir
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vq = VQModel.from_pretrained(settings["vq_path"]).to(device)
-    judges = RewardArguments.of_config(settings)
-    rewards = build_rewards(weights=settings.get("reward_weights"), device=device, arguments=judges)
-    questions = task.load(settings)
+def settings_of(task: Task, words: list[str]) -> Settings:
+    """What a command line of the training says, options before the configuration file.
 
-    before = measure(settings["model_name_or_path"], vq, rewards, questions, settings["guidance_scale"], "before")
+    Raises:
+        ValueError: if it is to go on with a run: a quickstart begins one.
+    """
+    own, policy, rewards, config, model = parse([task.arguments], __doc__, words)
+    if config.resume_from_checkpoint:
+        raise ValueError(f"a quickstart begins anew: go on with python {task.script} --resume_from_checkpoint last")
+    return Settings(own, policy, rewards, config, model.model_name_or_path)
+
+
+def run(task: Task, words: list[str], seconds_install: float = 0.0) -> None:
+    """Measure, train by the command line `words`, measure again and write it all down."""
+    settings = settings_of(task, words)
+    output_dir, device = settings.output_dir, settings.config.device
+    vq = load_tokenizer(settings.policy.vq_path, settings.policy.vq_size).to(device)
+    rewards = build_rewards(weights=settings.config.reward_weights, device=device, arguments=settings.rewards)
+    sizes = settings.policy.policy_size, settings.policy.image_size
+    policy = load_policy(settings.policy_path, task.name, *sizes)
+    questions = task.load(settings, policy)
+    make_room(output_dir)
+
+    before = measure(policy, vq, rewards, questions, settings.config.guidance_scale, "before")
     started = time.perf_counter()
-    train(task.script, options.config, output_dir, overrides)
+    command = [sys.executable, task.script, *words]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)  # it has said why
     seconds_train = time.perf_counter() - started
-    after = measure(output_dir / "final", vq, rewards, questions, settings["guidance_scale"], "after")
+    policy = load_policy(output_dir / FINAL, task.name, *sizes)
+    after = measure(policy, vq, rewards, questions, settings.config.guidance_scale, "after")
 
     log_history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     summary = {
-        "task": options.task,
+        "task": task.name,
         "reward_before": before.reward,
         "reward_after": after.reward,
         "truth_before": before.truth,
@@ -213,10 +259,10 @@ def run(task: Task, settings: dict, options: argparse.Namespace, overrides: list
         "entropy_after": after.entropy,
         "kl": _last_mean(log_history, "kl"),
         "steps": max(row["step"] for row in log_history),
-        "seconds_install": options.seconds_install,
+        "seconds_install": seconds_install,
         "seconds_train": seconds_train,
     }
-    if options.task == "t2i":
+    if task.name == "t2i":
         summary["geneval_before"] = {**before.scores, "overall": before.truth}
         summary["geneval_after"] = {**after.scores, "overall": after.truth}
     save_png(before_after(before, after, questions), output_dir / "before_after.png")
@@ -226,19 +272,26 @@ def run(task: Task, settings: dict, options: argparse.Namespace, overrides: list
     sys.stdout.write(in_words(summary, output_dir, task.claim) + "\n")
 
 
-def train(script: str, config: Path, output_dir: Path, overrides: list[str]) -> None:
-    """Run a training script, afresh: a quickstart that was done before is done again."""
-    for old in output_dir.glob("checkpoint-*"):
+def make_room(folder: Path) -> None:
+    """Make a quickstart's folder, or clear it of the one that was done there before.
+
+    Raises:
+        ValueError: if it holds checkpoints that no quickstart made.
+    """
+    checkpoints = [*folder.glob("checkpoint-*")]
+    if checkpoints and not (folder / MARK).is_file():
+        raise ValueError(f"{folder} holds checkpoints of another run: choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("toy/quickstart.py made this folder, and clears it when it is run again.\n")
+    for old in checkpoints:
         shutil.rmtree(old)
-    for old in [*output_dir.glob("samples/step-*.png"), *output_dir.glob("runs/*/events.out.*")]:
+    for old in [*folder.glob("samples/step-*.png"), *folder.glob("runs/*/events.out.*")]:
         old.unlink()
-    command = [sys.executable, script, "--config", str(config), "--output_dir", str(output_dir), *overrides]
-    subprocess.run(command, check=True)
 
 
 @torch.no_grad()
 def measure(
-    policy_path: str | Path,
+    policy: LlamaGenForCausalLM,
     vq: VQModel,
     rewards: RewardSuite,
     questions: Questions,
@@ -246,7 +299,7 @@ def measure(
     when: str,
 ) -> Measurement:
     """Draw fresh samples of every question and measure them."""
-    policy = LlamaGenForCausalLM.from_pretrained(policy_path).to(vq.device).eval()
+    policy = policy.to(vq.device)
     processor = LlamaGenProcessor(policy.config, vq, questions.text_encoder)
     P = policy.config.cls_token_num
     images, entropies = [], []

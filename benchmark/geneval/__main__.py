@@ -50,7 +50,8 @@ def _detector(args: argparse.Namespace) -> tuple[Callable[[], Detector], dict[st
     if args.detections is not None:
         if not args.detections.is_file():
             raise ValueError(f"{args.detections} is no file: expected what benchmark/geneval/export_mmdet.py writes")
-        return lambda: ExportedDetections(args.detections), {"detections": file_digest(args.detections)}
+        names = read_object_names(args.object_names) if args.object_names.is_file() else ()
+        return lambda: ExportedDetections(args.detections, names), {"detections": file_digest(args.detections)}
     names = read_object_names(args.object_names)
 
     def load() -> Detector:

@@ -66,29 +66,51 @@ def to_record(filename: str, sha256: str, found: Detections) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any]) -> Detections:
-    """What a JSON line says.
+    """What a JSON line says; a class may have no rows.
 
     Raises:
-        ValueError: if rows are no boxes with scores, or masks or colours do not list the same rows.
+        ValueError: if `detections` are missing, rows are no boxes with scores, or masks or colours do not list the
+            same rows or are none; names the image.
     """
     filename = record.get("filename")
-    boxes = {}
-    for name, rows in (record.get("detections") or {}).items():
-        boxes[name] = np.asarray(rows, dtype=np.float32).reshape(len(rows), -1)
-        if len(rows) and boxes[name].shape[1] != 5:
-            raise ValueError(f"{filename}: a row of {name!r} is {rows[0]}, expected [x1, y1, x2, y2, score]")
+    if not isinstance(record.get("detections"), dict):
+        raise ValueError(
+            f"{filename}: 'detections' is {str(record.get('detections'))[:60]}, expected an object name -> rows; "
+            "{} where nothing was found"
+        )
+    boxes = {name: _read_rows(rows, f"{filename}: {name!r}") for name, rows in record["detections"].items()}
     for part in ("masks", "colors"):
-        for name, entries in (record.get(part) or {}).items():
-            if len(entries) != len(boxes.get(name, ())):
+        entries_of = record.get(part) or {}
+        if not isinstance(entries_of, dict):
+            raise ValueError(f"{filename}: {part!r} is {str(entries_of)[:60]}, expected an object name -> entries")
+        for name, entries in entries_of.items():
+            if not isinstance(entries, list) or len(entries) != len(boxes.get(name, ())):
+                given = len(entries) if isinstance(entries, list) else f"no list of {part} but {str(entries)[:40]}"
                 raise ValueError(
-                    f"{filename}: {len(entries)} {part} for {len(boxes.get(name, ()))} rows of {name!r}; "
+                    f"{filename}: {given} {part} for {len(boxes.get(name, ()))} rows of {name!r}; "
                     "write one entry per row, null where there is none"
                 )
-    masks = {
-        name: [None if code is None else decode_mask(code) for code in codes]
-        for name, codes in (record.get("masks") or {}).items()
-    }
+    try:
+        masks = {
+            name: [None if code is None else decode_mask(code) for code in codes]
+            for name, codes in (record.get("masks") or {}).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{filename}: {error}") from error
     return Detections(boxes, masks, dict(record.get("colors") or {}))
+
+
+def _read_rows(rows: Any, whose: str) -> np.ndarray:
+    """Boxes and scores [N, 5], float32."""
+    try:
+        found = np.asarray(rows, dtype=np.float32)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if isinstance(rows, list) and not rows:
+        return np.zeros((0, 5), np.float32)
+    if found.ndim != 2 or found.shape[1] != 5 or not np.isfinite(found).all():
+        raise ValueError(f"{whose} has rows {str(rows)[:80]}, expected finite numbers [x1, y1, x2, y2, score] each")
+    return found
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -104,9 +126,12 @@ def decode_mask(code: dict[str, Any]) -> np.ndarray:
     """The mask [H, W], bool, of a run-length code.
 
     Raises:
-        ValueError: if the runs do not add up to the size, or `counts` is COCO's compressed text.
+        ValueError: if it is none, the runs do not add up to the size, or `counts` is COCO's compressed text.
     """
-    (height, width), counts = code["size"], code["counts"]
+    try:
+        (height, width), counts = code["size"], code["counts"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"a mask is {str(code)[:60]}, expected 'size': [H, W] and 'counts': [...]") from None
     if isinstance(counts, str):
         raise ValueError("a mask holds COCO's compressed text, expected a list of run lengths: use encode_mask")
     if sum(counts) != height * width:

@@ -218,13 +218,27 @@ class ExportedDetections:
 
     Args:
         path: file in the format of `benchmark.geneval.detections`.
+        object_names: the benchmark's; others in the file are named in a warning, since no prompt asks for them.
     Raises:
-        ValueError: if the file lacks an image, or was made from another version of it.
+        ValueError: if the file lacks an image or has it twice, was made from another version of it, or a line is not
+            in the format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, object_names: Sequence[str] = ()) -> None:
         self.path = path
-        self._records = {record["filename"]: record for record in read_json_lines(path)}
+        self._records: dict[str, dict] = {}
+        strangers: set[str] = set()
+        for record in read_json_lines(path):
+            if record["filename"] in self._records:
+                raise ValueError(f"{path} has two lines for {record['filename']}: remove the one that does not count")
+            self._records[record["filename"]] = record
+            strangers |= from_record({**record, "masks": None}).boxes.keys() - {*object_names}
+        if object_names and strangers:
+            listed = ", ".join(sorted(strangers)[:5])
+            logger.warning(
+                "%s names %d kinds of objects that are none of GenEval's (%s): their boxes count for nothing",
+                *(path, len(strangers), listed),
+            )
 
     def __call__(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> list[Detections]:
         found = []
@@ -238,6 +252,13 @@ class ExportedDetections:
             if record.get("sha256") not in (None, file_digest(sample.path)):
                 raise ValueError(f"{sample.filename} has changed since {self.path} was made: run the detector again")
             found.append(from_record(record))
+        for sample, detections, picture in zip(samples, found, pictures):
+            for mask in (mask for masks in detections.masks.values() for mask in masks if mask is not None):
+                if mask.shape != (picture.height, picture.width):
+                    raise ValueError(
+                        f"{self.path}: a mask of {sample.filename} is {mask.shape[0]} x {mask.shape[1]} pixels, the "
+                        f"picture {picture.height} x {picture.width}: detect in pictures of their own size"
+                    )
         return found
 
 

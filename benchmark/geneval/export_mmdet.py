@@ -19,7 +19,7 @@ from benchmark.geneval.detections import Detections, file_digest, read_json_line
 
 
 def export(images: Path, out: Path, detector: Any, object_names: list, min_score: float = 0.05) -> int:
-    """Append a line to `out` for each image that has none yet; return how many were added.
+    """Append a line to `out` for each image that has none yet, or another one; return how many were added.
 
     Args:
         images: folder in the benchmark's layout.
@@ -30,10 +30,15 @@ def export(images: Path, out: Path, detector: Any, object_names: list, min_score
     """
     from mmdet.apis import inference_detector
 
-    done = {record["filename"]: record for record in read_json_lines(out)} if out.exists() else {}
+    known = read_json_lines(out) if out.exists() else []
+    done = {
+        record["filename"]: record
+        for record in known
+        if (images / record["filename"]).is_file() and record.get("sha256") == file_digest(images / record["filename"])
+    }
     whole = out.with_name(out.name + ".partial")
     whole.write_text("".join(json.dumps(record) + "\n" for record in done.values()), encoding="utf-8")
-    whole.replace(out)  # without the torn last line of a stopped run
+    whole.replace(out)  # without a stopped run's torn last line, or images that are others now
     added = 0
     folders = [path for path in images.iterdir() if path.name.isdigit()]
     with out.open("a", encoding="utf-8") as stream:
@@ -42,7 +47,7 @@ def export(images: Path, out: Path, detector: Any, object_names: list, min_score
             colored = {clause["class"] for clause in metadata.get("include", []) if "color" in clause}
             for path in sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdigit()):
                 filename, digest = path.relative_to(images).as_posix(), file_digest(path)
-                if done.get(filename, {}).get("sha256") == digest:
+                if filename in done:
                     continue
                 result = inference_detector(detector, str(path))
                 boxes, masks = result if isinstance(result, tuple) else (result, None)
