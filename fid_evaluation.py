@@ -12,6 +12,7 @@ import argparse
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -287,8 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         device = pick_device(options.device)
-        if options.json and options.json.is_dir():
-            raise ValueError(f"--json {options.json} is a folder: give the file to write")
+        if options.json:
+            _check_writable(options.json)
         class_names = None
         if options.class_names:
             from dataset.labels import load_class_names
@@ -299,11 +300,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # wrong files fail before the network loads
         network = load_features(options.features, options.weights, class_names, device, options.any_weights)
         result = evaluate(options.reference, options.samples, network, options.distances, options.batch_size, device)
+        sys.stdout.write(format_report(result))
+        sys.stdout.flush()
         if options.json:
             write_json(options.json, result)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(format_report(result))
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError unless a file can be written there; makes its folder."""
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder: give the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--json {path} cannot be written ({error}): give another file") from error
 
 
 def _precision_recall(

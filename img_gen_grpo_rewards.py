@@ -261,13 +261,16 @@ class RewardSuite(list):
         return self._memo.get(images, _batch_key(prompts, metadata), lambda: self._score(images, prompts, metadata))
 
     def totals(self, raw: dict[str, list[float | None]]) -> list[float]:
-        """Weighted sum of the rewards of each image, from what `score` gave; a judge without an answer adds nothing."""
-        num_images = len(next(iter(raw.values())))
-        totals = [0.0] * num_images
+        """Weighted sum of the rewards of each image, from what `score` gave.
+
+        Where a judge gave no answer its reward counts as its mean over the others, as in training; a judge without any
+        answer adds nothing.
+        """
+        columns = []
         for function, weight in zip(self, self.weights, strict=True):
-            for index, score in enumerate(raw[function.scorer.name]):
-                totals[index] += 0.0 if score is None else weight * function.transform(score)
-        return totals
+            rewards = [math.nan if score is None else function.transform(score) for score in raw[function.scorer.name]]
+            columns.append(weight * fill_missing(torch.tensor(rewards, dtype=torch.float64)[:, None], len(rewards)))
+        return torch.cat(columns, dim=1).sum(dim=1).tolist()
 
     def prefetch(self, images: Tensor, prompts: list[str], metadata: list | None = None) -> None:
         """Start the judges that wait for servers, and return; `score` then collects their answers."""

@@ -73,7 +73,7 @@ def evaluate(options: argparse.Namespace, arguments: RewardArguments, share: Sha
     scorers = build_scorers(options.metrics, arguments)
     folders = list(options.images)
     if options.model is None:
-        images = {folder: find_images(folder, options.caption_column) for folder in folders}
+        images = {folder: find_images(folder, options.caption_column, options.num_prompts) for folder in folders}
         missing = {folder: missing_scores(images[folder], ScoreFiles(folder, scorers)) for folder in folders}
         _check({metric for lacking in missing.values() for metric in lacking}, scorers, arguments)
     else:
@@ -88,15 +88,16 @@ def _draw(options: argparse.Namespace, scorers: dict[str, Scorer], arguments: Re
     if options.output is None:
         policy_path = find_policy(options.model, options.step, options.base_policy, options.runs)
         options.output = Path("test_results") / f"{job_name(options, policy_path)}-drawbench"
-    num_prompts = len(sample_captions.read_prompts(options)[: options.num_prompts])
-    num_images = num_prompts * options.num_per_prompt
+    options.num_prompts = len(sample_captions.read_prompts(options)[: options.num_prompts])
+    num_images = options.num_prompts * options.num_per_prompt
     needed = set(scorers)
-    if num_images and count_images(options.output) >= num_images:
+    if num_images and count_images(options.output, options.num_prompts) >= num_images:
         files = ScoreFiles(options.output, scorers)
-        needed = missing_scores(find_images(options.output, options.caption_column), files).keys()
+        images = find_images(options.output, options.caption_column, options.num_prompts)
+        needed = missing_scores(images, files).keys()
     _check(needed, scorers, arguments)
     folder = sample_captions.sample_captions(options, share)
-    wait_until(lambda: count_images(folder), num_images, "images")
+    wait_until(lambda: count_images(folder, options.num_prompts), num_images, "images")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of the policy, which is gone
     return folder
@@ -110,7 +111,7 @@ def _score(
     folder: Path, options: argparse.Namespace, scorers: dict[str, Scorer], arguments: RewardArguments, share: Share
 ) -> dict | None:
     """Score this process's share of a folder; the first process waits for the others and writes the summary."""
-    images = find_images(folder, options.caption_column)
+    images = find_images(folder, options.caption_column, options.num_prompts)
     files = ScoreFiles(folder, scorers, share.rank)
     ours = images[share.rank :: share.world_size]  # of all: what is missing changes while the others work
     missing = missing_scores(ours, files)

@@ -7,6 +7,7 @@ Legend: N images of the archive, b images of one slice, H x W pixels, D features
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,6 +49,10 @@ class ImageArchive:
         with self._opened() as archive:
             names = set(archive.namelist())
             self.shape = self._read_shape(archive) if IMAGES_MEMBER in names else None
+            for keys in STATISTICS.values():
+                there = [key for key in keys if f"{key}.npy" in names]
+                if len(there) == 1:
+                    raise ValueError(f"{self.path} holds {there[0]} alone: statistics are {' and '.join(keys)}")
             self.statistics = {
                 feature: self._read_statistics(archive, *keys)
                 for feature, keys in STATISTICS.items()
@@ -99,7 +104,10 @@ class ImageArchive:
         arrays = []
         for key in (mean_key, covariance_key):
             with archive.open(f"{key}.npy") as stream:
-                array = npy.read_array(stream, allow_pickle=False)
+                try:
+                    array = npy.read_array(stream, allow_pickle=False)
+                except (ValueError, SyntaxError, tokenize.TokenError) as error:
+                    raise ValueError(f"{self.path}: its {key} is no array of numbers ({error})") from error
             if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
                 raise ValueError(f"{self.path}: {key} has to be finite floats, but is {array.dtype} or holds NaN")
             arrays.append(array.astype(np.float64))
@@ -116,7 +124,7 @@ class ImageArchive:
         try:
             version = npy.read_magic(stream)
             return npy.read_array_header_1_0(stream) if version == (1, 0) else npy.read_array_header_2_0(stream)
-        except ValueError as error:
+        except (ValueError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header as Python literals
             raise ValueError(f"{self.path}: its arr_0 is no .npy array ({error}): {_WHAT_IT_HOLDS}") from error
 
     def _fill(self, stream: IO[bytes], batch: np.ndarray) -> None:

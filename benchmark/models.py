@@ -79,7 +79,7 @@ def load_policy(
     else:
         policy = LlamaGenForCausalLM.from_official(path, _released_config(path, task, policy_size, image_size))
     if policy.config.task != task:
-        raise ValueError(f"{path} is a {policy.config.task} policy: sample it with sample_{policy.config.task}.py")
+        raise ValueError(_other_task(path, policy.config.task))
     logger.info("policy %s: %.1fM parameters", path, sum(p.numel() for p in policy.parameters()) / 1e6)
     return policy.eval()
 
@@ -132,7 +132,7 @@ def _released_config(path: Path, task: str, policy_size: str | None, image_size:
     """Configuration of an official file, from its name where it has a released one."""
     match = _RELEASED_NAME.search(path.name)
     if match and match["task"] != task:
-        raise ValueError(f"{path} is a {match['task']} policy: sample it with sample_{match['task']}.py")
+        raise ValueError(_other_task(path, match["task"]))
     policy_size = policy_size or (match and f"GPT-{match['size']}")
     image_size = image_size or (match and int(match["image_size"]))
     if not (policy_size and image_size):
@@ -141,6 +141,11 @@ def _released_config(path: Path, task: str, policy_size: str | None, image_size:
             "(or whatever it is)"
         )
     return LlamaGenConfig.preset(policy_size, task=task, image_size=image_size)
+
+
+def _other_task(path: Path, task: str) -> str:
+    what = "class ids: leave out --prompts" if task == "c2i" else "captions: give them as --prompts"
+    return f"{path} is a {task} policy: sample it with sample_{task}.py; benchmark.entropy takes {what}"
 
 
 def _load_adapter(folder: Path, task: str, policy_size: str | None, image_size: int | None) -> LlamaGenForCausalLM:

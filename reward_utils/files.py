@@ -21,11 +21,17 @@ def require_file(path: str | Path, what: str, download: str) -> Path:
     return path
 
 
-def require_model(name: str, what: str, marker: str = "config.json") -> None:
-    """Check a Hugging Face folder or hub name as far as that goes without the network.
+def require_model(name: str, what: str, marker: str = "config.json", on_hub: tuple[str, ...] = ()) -> None:
+    """Check that a Hugging Face model is in its folder, in the local cache or on a hub that answers.
 
+    Args:
+        name: a folder or a hub name.
+        what: it is, for the message.
+        marker: file that a folder of it holds.
+        on_hub: files of which a hub's repository holds one; by default `marker`.
     Raises:
-        FileNotFoundError: for a folder without `marker`, or what can only be a path and is not there.
+        FileNotFoundError: for a folder without `marker`, what can only be a path and is not there, or a hub name that
+            is neither cached nor to be had; says how to get it.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -35,8 +41,30 @@ def require_model(name: str, what: str, marker: str = "config.json") -> None:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
         raise FileNotFoundError(f"{what}: no folder {name}, and a hub name looks like owner/model")
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _is_cached(name, marker):
-        raise FileNotFoundError(f"{what}: {name} is not in the local cache and HF_HUB_OFFLINE is set. {fetch(name)}")
+    require_on_hub(name, on_hub or (marker,), f"{what}: {name}", fetch(name))
+
+
+def require_on_hub(repository: str, files: tuple[str, ...], what: str, remedy: str) -> None:
+    """Check that one of these files is in the local cache, or that the hub says that it has one.
+
+    Raises:
+        FileNotFoundError: otherwise; `what` begins the message, `remedy` ends it.
+    """
+    import huggingface_hub
+
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in files):
+        return
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            if any(huggingface_hub.file_exists(repository, name) for name in files):
+                return
+            reason = f"the hub has no {' or '.join(files[:2])} of that name"
+        except Exception as error:  # the hub's, its HTTP library's and the system's errors have no common base
+            words = str(error).strip() or repr(error)
+            reason = f"the hub cannot be asked: {words.splitlines()[0]}"
+    raise FileNotFoundError(f"{what} is not in the local cache and {reason}. {remedy}")
 
 
 def explain_missing_model(name: str, what: str, error: Exception) -> FileNotFoundError:
@@ -90,9 +118,3 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], path: str
             f"{path} is not {what}: missing {list(missing)[:3]} ({len(missing)}), "
             f"unexpected {list(unexpected)[:3]} ({len(unexpected)})"
         )
-
-
-def _is_cached(name: str, marker: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, marker), str)

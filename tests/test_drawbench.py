@@ -117,6 +117,7 @@ def test_repeated_rows_of_a_prompt_are_one_cluster_and_failures_are_left_out(jud
     # prompt means 160 / 4 = 40 and 40 (its black picture has no score, and is not a zero); z has none at all
     assert (found["mean"], found["standard_error"]) == (pytest.approx(40 / 26), pytest.approx(0.0, abs=1e-12))
     assert (found["num_clusters"], found["num_scored"], found["num_failed"]) == (2, 5, 3)
+    assert found["mean_failed_as_0"] < found["mean"]
     assert (found["scale"], found["judge"]) == ("logit / 26", "first pixel")
     assert (result_of(folder)["num_images"], result_of(folder)["num_prompts"]) == (8, 3)
     printed = capsys.readouterr().out
@@ -150,6 +151,15 @@ def test_a_metric_added_later_leaves_the_others_alone(judged, tmp_path):
     test_t2i_rewards.main([str(folder), "--metrics", "clip"])
     assert judged["clip"][3:] == [("x", 77.0)]
     assert result_of(folder)["metrics"]["clip"]["mean"] == pytest.approx(((10 + 77) / 2 + 50) / 2)
+
+
+def test_a_damaged_picture_is_named_before_any_is_scored(judged, tmp_path):
+    folder = folder_of(tmp_path / "a", {"x": [10, 30], "y": [50]})
+    broken = folder / "00001/samples/0000.png"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(SystemExit, match=r"00001/samples/0000\.png cannot be read as a picture"):
+        test_t2i_rewards.main([str(folder), "--metrics", "clip"])
+    assert not judged["clip"]
 
 
 def test_a_stopped_job_scores_nothing_twice(judged, tmp_path, monkeypatch):
@@ -293,6 +303,17 @@ def test_a_model_is_drawn_by_the_sampler_of_test_t2i_and_scored(world, clip, tmp
     sample_captions.main([*world, "--output", "alone"])
     for path in Path("alone").glob("*/samples/*.png"):
         assert path.read_bytes() == (folder / path.relative_to("alone")).read_bytes()
+
+
+def test_only_the_first_prompts_are_scored_where_more_are_there(world, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = [*world, "--metrics", "clip", "--clip_model", clip, "--output", "drawn"]
+    test_t2i_rewards.main(job)
+    assert result_of(Path("drawn"))["num_images"] == 6
+    test_t2i_rewards.main([*job, "--num_prompts", "1"])
+    assert (result_of(Path("drawn"))["num_images"], result_of(Path("drawn"))["num_prompts"]) == (2, 1)
+    test_t2i_rewards.main(["drawn", "--metrics", "clip", "--clip_model", clip, "--num_prompts", "1"])
+    assert result_of(Path("drawn"))["num_images"] == 2
 
 
 def test_nothing_is_drawn_that_cannot_be_scored(world, tmp_path, monkeypatch):

@@ -336,6 +336,8 @@ def save_with(tmp_path, **arrays) -> Path:
         ({"images": random_images(4)}, "holds images"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "mu .* NaN"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"sigma \[4, 4\]"),
+        ({"arr_0": random_images(4), "mu": np.zeros(3)}, "holds mu alone: statistics are mu and sigma"),
+        ({"mu": np.array([None, 1]), "sigma": np.eye(2)}, "its mu is no array of numbers"),
     ],
 )
 def test_bad_archives_say_what_is_wrong(tmp_path, arrays, message):
@@ -359,6 +361,11 @@ def test_a_missing_a_foreign_and_a_cut_file_say_what_is_wrong(tmp_path):
         archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
     with pytest.raises(ValueError, match="cut short"):
         ImageArchive(tmp_path / "short.npz")
+    cut_header = header.getvalue()[:8] + (20).to_bytes(2, "little") + header.getvalue()[10:30]
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:
+        archive.writestr("arr_0.npy", cut_header + bytes(100))
+    with pytest.raises(ValueError, match=r"header\.npz: its arr_0 is no \.npy array"):
+        ImageArchive(tmp_path / "header.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -719,6 +726,8 @@ def test_command_line_errors_are_one_line_before_any_network_is_loaded(tmp_path)
         fid_evaluation.main([*pair_of_files, "--device", "nonsense"])
     with pytest.raises(SystemExit, match="is a folder: give the file to write"):
         fid_evaluation.main([*pair_of_files, "--json", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: --json .*out\.json cannot be written .*: give another file"):
+        fid_evaluation.main([*pair_of_files, "--json", str(tmp_path / "real.npz/out.json")])
 
 
 # ---- other networks --------------------------------------------------------------------------------------------------

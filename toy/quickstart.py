@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -351,8 +352,7 @@ def in_words(summary: dict[str, float], output_dir: Path, claim: str = TASKS["c2
 
 
 def _mean_reward(rewards: RewardSuite, images: Tensor, captions: list[str]) -> float:
-    totals = rewards.totals(rewards.score(images, captions))
-    return sum(totals) / len(totals)
+    return fmean(rewards.totals(rewards.score(images, captions)))
 
 
 def _last_mean(log_history: list[dict], name: str, rows: int = 10) -> float:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from benchmark.clusters import Estimate, cluster_means, estimate, estimate_text,
 from benchmark.drawbench.metrics import metric_of
 from benchmark.files import write_json
 from benchmark.geneval.detections import file_digest, read_json_lines
-from benchmark.geneval.evaluate import pictures_of, prompt_folders
+from benchmark.geneval.evaluate import check_picture, pictures_of, prompt_folders
 from benchmark.sample_captions import METADATA_NAME, RECORD_NAME
 from benchmark.sampling import PATIENCE_S, POLL_S
 from dataset.captions import TEXT_COLUMNS
@@ -62,17 +63,18 @@ class PromptedImage:
     sha256: str
 
 
-def find_images(folder: Path, caption_column: str | None = None) -> list[PromptedImage]:
+def find_images(folder: Path, caption_column: str | None = None, num_prompts: int | None = None) -> list[PromptedImage]:
     """Every image of a folder in GenEval's layout, in order.
 
     Args:
         folder: holds 00000/metadata.jsonl, 00000/samples/0000.png and so on.
         caption_column: key of the caption in metadata.jsonl; None takes the first of `TEXT_COLUMNS`.
+        num_prompts: only of the first so many prompts; by default of all that are there.
     Raises:
         ValueError: if there is none, or a prompt's folder has no readable metadata.jsonl.
     """
     found = []
-    for place in prompt_folders(folder):
+    for place in _first_folders(folder, num_prompts):
         if pictures := pictures_of(place):
             row = _read_row(place / METADATA_NAME)
             prompt = _caption_of(row, place / METADATA_NAME, caption_column)
@@ -83,9 +85,14 @@ def find_images(folder: Path, caption_column: str | None = None) -> list[Prompte
     return found
 
 
-def count_images(folder: Path) -> int:
+def count_images(folder: Path, num_prompts: int | None = None) -> int:
     """How many images of finished prompts are there, without reading them; metadata.jsonl is a prompt's last file."""
-    return sum(len(pictures_of(place)) for place in prompt_folders(folder) if (place / METADATA_NAME).is_file())
+    places = _first_folders(folder, num_prompts)
+    return sum(len(pictures_of(place)) for place in places if (place / METADATA_NAME).is_file())
+
+
+def _first_folders(folder: Path, num_prompts: int | None) -> list[Path]:
+    return [place for place in prompt_folders(folder) if num_prompts is None or int(place.name) < num_prompts]
 
 
 class ScoreFiles:
@@ -183,8 +190,11 @@ def score_images(
         images_at_once: images in memory; each batch has one size and lacks the same metrics.
         show_progress: draw a bar.
     Raises:
-        ValueError, ConnectionError: from a judge; what was scored before is kept.
+        ValueError: if a picture is damaged, before any is scored; or from a judge.
+        ConnectionError: from a judge; what was scored before is kept.
     """
+    for path in sorted({image.path for images in missing.values() for image in images}):
+        check_picture(path)
     total = sum(map(len, missing.values()))
     for metric in missing:
         files.mend(metric)
@@ -243,6 +253,7 @@ def summarize(images: Sequence[PromptedImage], files: ScoreFiles) -> dict[str, A
             **estimate(prompt_means.values())._asdict(),
             "num_scored": len(scored),
             "num_failed": len(images) - len(scored),
+            "mean_failed_as_0": _mean_failed_as_0(images, known, metric.factor),
             "prompt_means": prompt_means,
         }
     return {
@@ -251,6 +262,11 @@ def summarize(images: Sequence[PromptedImage], files: ScoreFiles) -> dict[str, A
         "standard_error": "sample standard deviation of the prompt means / sqrt(their number)",
         "metrics": metrics,
     }
+
+
+def _mean_failed_as_0(images: Sequence[PromptedImage], known: Scores, factor: float) -> float:
+    """Mean over prompts where an image without a score counts as 0, as in the published program for UnifiedReward."""
+    return fmean(cluster_means([(i.prompt, factor * (known[i.filename] or 0.0)) for i in images]).values())
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> Path:

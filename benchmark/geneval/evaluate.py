@@ -118,7 +118,7 @@ def detect_all(
     }
     fresh = [sample for sample in samples if sample.filename not in known]
     for sample in fresh:
-        _check_picture(sample.path)
+        check_picture(sample.path)
     detector = load_detector() if fresh else None
     asks = (_may_ask_color(sample, known.get(sample.filename), detector, options) for sample in samples)
     classifier = load_classifier() if any(asks) else None
@@ -138,7 +138,7 @@ def detect_all(
                 seen |= _detect(new, detector)
             for sample, digest in zip(batch, digests):
                 detections = seen[sample.filename]
-                picture = functools.partial(_open, sample.path)
+                picture = functools.partial(open_picture, sample.path)
                 if add_colors(sample.metadata, detections, classifier, picture, options) or sample in new:
                     stream.write(_line(to_record(sample.filename, digest, detections)))
                 found[sample.filename] = Detections(detections.boxes, colors=detections.colors)
@@ -305,14 +305,15 @@ def _may_ask_color(
 
 def _detect(samples: Sequence[Sample], detector: Detector) -> dict[str, Detections]:
     """Run the detector; masks are kept only of objects whose colour the prompt names."""
-    found = detector(samples, [_open(sample.path) for sample in samples])
+    found = detector(samples, [open_picture(sample.path) for sample in samples])
     for sample, detections in zip(samples, found, strict=True):
         colored = {clause["class"] for clause in sample.metadata.get("include") or [] if "color" in clause}
         detections.masks = {name: masks for name, masks in detections.masks.items() if name in colored}
     return {sample.filename: detections for sample, detections in zip(samples, found)}
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
+    """A picture's pixels, as RGB; raises ValueError with its path if it is damaged."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -320,8 +321,8 @@ def _open(path: Path) -> Image.Image:
         raise _broken(path) from error
 
 
-def _check_picture(path: Path) -> None:
-    """Read a picture's chunks and their checksums, without the pixels."""
+def check_picture(path: Path) -> None:
+    """Read a picture's chunks and their checksums, without the pixels; raises ValueError if it is damaged."""
     try:
         with Image.open(path) as image:
             image.verify()

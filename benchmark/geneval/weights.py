@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from reward_utils.files import fetch, require_model
+from reward_utils.files import require_model, require_on_hub
 
 DETECTOR_FILES = (
     "model.safetensors",
@@ -25,11 +25,9 @@ def require_detector(model: str) -> None:
         FileNotFoundError: otherwise; says how to get them.
     """
     what = "GenEval's detector"
-    require_model(model, what)
+    require_model(model, what, on_hub=DETECTOR_FILES)
     folder = Path(model).expanduser()
-    if not folder.is_dir():
-        _require_on_hub(model, DETECTOR_FILES, f"{what}: {model}", fetch(model))
-    elif not any((folder / name).is_file() for name in DETECTOR_FILES):
+    if folder.is_dir() and not any((folder / name).is_file() for name in DETECTOR_FILES):
         raise FileNotFoundError(f"{what}: the folder {folder} has no {DETECTOR_FILES[0]}. Save or fetch it again.")
 
 
@@ -49,7 +47,7 @@ def require_color_model(model: str, weights: str | None) -> None:
         _require_folder(Path(model.removeprefix(LOCAL_DIR)))
         return
     if model.startswith(HF_HUB):
-        _require_on_hub(
+        require_on_hub(
             model.removeprefix(HF_HUB), COLOR_FILES, _describe_color(model, weights), color_remedy(model, weights)
         )
         return
@@ -68,7 +66,7 @@ def require_color_model(model: str, weights: str | None) -> None:
         files = (filename,) if filename else COLOR_FILES
         if filename.endswith((".bin", ".pth")):
             files = (f"{filename[:-4]}.safetensors", filename)  # what open_clip tries first
-        _require_on_hub(repository, files, _describe_color(model, weights), color_remedy(model, weights))
+        require_on_hub(repository, files, _describe_color(model, weights), color_remedy(model, weights))
 
 
 def explain_missing_color_model(model: str, weights: str | None, error: Exception) -> FileNotFoundError:
@@ -112,22 +110,3 @@ def _require_folder(folder: Path) -> None:
             f"GenEval's colour model: the folder {folder} lacks {COLOR_CONFIG if has_weights else 'weights'}. "
             "Save or fetch it again."
         )
-
-
-def _require_on_hub(repository: str, files: tuple[str, ...], what: str, remedy: str) -> None:
-    """Raise FileNotFoundError unless one of these files is in the local cache, or the hub says that it has one."""
-    import huggingface_hub
-
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in files):
-        return
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            if any(huggingface_hub.file_exists(repository, name) for name in files):
-                return
-            reason = f"the hub has no {' or '.join(files[:2])} of that name"
-        except Exception as error:  # the hub's, its HTTP library's and the system's errors have no common base
-            words = str(error).strip() or repr(error)
-            reason = f"the hub cannot be asked: {words.splitlines()[0]}"
-    raise FileNotFoundError(f"{what} is not in the local cache and {reason}. {remedy}")
