@@ -75,6 +75,7 @@ def parse(argument_classes: list[type], description: str, words: Sequence[str] |
     """
     classes = (*argument_classes, PolicyArguments, RewardArguments, ImgGenGRPOConfig, ModelConfig)
     parser = TrlParser(classes, description=description)
+    parser.set_defaults(lora_dropout=0.0)  # the paper's; TRL's 0.05 would be noise between a rollout and its update
     arguments = parser.parse_args_and_config(words)
     level = logging.INFO if arguments[-2].process_index == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
@@ -131,6 +132,7 @@ def build_trainer(
         ValueError, FileNotFoundError, ConnectionError: whatever is wrong, before the first sample is drawn.
     """
     policy_config = read_policy_config(model_config, policy_arguments, task)
+    _check_unused(model_config)
     logger.info(describe_batch(config))
     _check_output(config)
     num_prompts = count_prompts(config)
@@ -170,6 +172,8 @@ def run(trainer: ImgGenGRPOTrainer, *arguments) -> None:
         raise
     finished = trainer.state.global_step >= trainer.state.max_steps
     if finished:
+        if trainer.is_fsdp_enabled:  # a whole policy, whatever form checkpoints have
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(Path(config.output_dir) / FINAL))
         trainer.save_state()
     trainer.accelerator.end_training()  # joins the process group's threads while the interpreter still runs
@@ -287,6 +291,17 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _check_unused(model_config: ModelConfig) -> None:
+    """Refuse options of TRL's ModelConfig that nothing here reads."""
+    for option in dataclasses.fields(model_config):
+        unused = not option.name.startswith(("lora_", "use_peft", "use_rslora", "use_dora", "model_name_or_path"))
+        if unused and (given := getattr(model_config, option.name)) != option.default:
+            raise ValueError(
+                f"--{option.name} {given} has no effect here: the policy is loaded in float32, whole, by its own code; "
+                "leave it out (--bf16 and --fp16 set the precision of the computation)"
+            )
 
 
 def _check_output(config: ImgGenGRPOConfig) -> None:

@@ -6,6 +6,8 @@ F reward functions.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -13,7 +15,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -29,6 +31,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import is_async_callable
 
 from img_gen_grpo_rewards import RewardSuite, fill_missing
+from llamagen.checkpoints import save_safetensors
 from llamagen.grids import labelled_grid, save_png
 from llamagen.sampling import check_sampling
 
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Private hooks of TRL's trainer that are overridden or called here. tests/test_trainer.py pins them to the tested
 # version: when it fails, compare these methods with their new source before moving the pin in requirements.txt.
 OVERRIDDEN_HOOKS = {
+    "create_accelerator_and_postprocess": ("self",),
     "_generate": ("self", "prompts"),
     "_generate_single_turn": (
         "self",
@@ -58,6 +62,9 @@ REPLAY_HOOK = ("self", "model", "input_ids", "attention_mask", "logits_to_keep",
 
 # Options of GRPOConfig that mean nothing for images of a fixed number of codes -> the only value accepted.
 FIXED_OPTIONS = {
+    "cache_implementation": None,
+    "generation_kwargs": None,
+    "max_completion_length": GRPOConfig.__dataclass_fields__["max_completion_length"].default,
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
     "mask_truncated_completions": False,
@@ -65,6 +72,7 @@ FIXED_OPTIONS = {
     "min_p": None,
     "pad_to_multiple_of": None,
 }
+REFERENCE = "reference.safetensors"  # of a checkpoint whose run moves its reference policy
 ROLLOUT_BUFFER = "rollout_buffer"  # rollouts that a checkpoint was taken in the middle of
 
 
@@ -154,6 +162,15 @@ class ImgGenGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"condition_dropout={self.condition_dropout} is no share: use 0 (off) to below 1, e.g. 0.1"
             )
+        if self.image_grid_steps > 0 and self.image_grid_prompts < 1:
+            raise ValueError(f"image_grid_prompts={self.image_grid_prompts}: at least 1; image_grid_steps 0 draws none")
+        if self.off_policy_mask_threshold is not None and (
+            self.logps_guidance == "conditional" or self.condition_dropout > 0
+        ):
+            raise ValueError(
+                "off_policy_mask_threshold compares the policy in the update with the guided one that sampled: use it "
+                "with logps_guidance guided and condition_dropout 0"
+            )
         for option, only in FIXED_OPTIONS.items():
             if (given := getattr(self, option)) != only:
                 raise ValueError(f"{option}={given} has no meaning for image codes: leave it at {only}")
@@ -222,6 +239,10 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.cast_lm_head_to_fp32:
+            for policy in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+                head = self.accelerator.unwrap_model(policy).get_output_embeddings()
+                head.forward = torch.autocast(self.accelerator.device.type, enabled=False)(head.forward)
         self._seconds = defaultdict(float)  # of rollout, rewards and whole steps since the last log
         self._images_drawn = 0
         self._stopped_together = False  # by an error that every process knows of
@@ -235,15 +256,24 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         if args.image_grid_steps > 0:
             self.add_callback(ImageGridCallback(self))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or plugin.fsdp_version != 2:
+            return
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = exact_outputs(plugin.mixed_precision_policy)
+        if plugin.cpu_ram_efficient_loading:  # every process loads the policy anyway, and a buffer of it is no DTensor
+            plugin.cpu_ram_efficient_loading = False
+            logger.info("FSDP: cpu_ram_efficient_loading is off, every process loads the policy's file")
+
     # ------------------------------------------------------------------------------------------------ rollout
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        started = time.perf_counter()
         condition_ids = torch.tensor(prompt_ids, device=self.accelerator.device)  # [B, P]
         sampled = self.sample(condition_ids)
         P = condition_ids.shape[1]
         self._log_entropies(sampled.sequences[::num_generations], P)
-        self._count_seconds("rollout", started)
         return sampled.sequences[:, P:].tolist(), sampled.logps.tolist()
 
     def sample(self, condition_ids: Tensor, generator: list[torch.Generator] | None = None):
@@ -274,7 +304,8 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             )
 
     def _generate(self, prompts):
-        outputs = list(super()._generate(prompts))
+        started = time.perf_counter()
+        outputs = list(super()._generate(prompts))  # captions to features, codes, entropies, pixels
         images = outputs[3]
         self._rollout_images = torch.stack(images).to(self.accelerator.device)  # [B, 3, H, W]
         # TRL keeps completions for its logs and sends them between processes: names suffice there
@@ -282,6 +313,7 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         outputs[0] = self._drop_conditions(outputs[0])
         if self.model.training:
             self._images_drawn += len(images) * self.accelerator.num_processes
+        self._count_seconds("rollout", started)
         return tuple(outputs)
 
     def _drop_conditions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -293,9 +325,10 @@ class ImgGenGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()
-        if self._reward_suite is not None:
-            self._reward_suite.prefetch(self._rollout_images, *texts_and_metadata(inputs))
         functions, errors = self.reward_funcs, []
+        if self._reward_suite is not None:
+            with _collected(errors):
+                self._reward_suite.prefetch(self._rollout_images, *texts_and_metadata(inputs))
         self.reward_funcs = [_collecting(function, errors) for function in functions]
         try:
             rewards = super()._calculate_rewards(inputs, prompts, self._rollout_images, completion_ids_list)  # [N, F]
@@ -451,7 +484,14 @@ class ImgGenGRPOTrainer(GRPOTrainer):
             }
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors")
+        if self.args.sync_ref_model and self.args.should_save and not self._is_sharded:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_safetensors(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
         super()._save_checkpoint(model, trial)  # its last file is the sign of a whole checkpoint
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def save_after_crash(self) -> None:
         """Checkpoint the last finished step, so that an error (a judge that died, say) costs nothing trained before.
@@ -463,11 +503,12 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if step == 0 or folder.exists():
             return
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self._stopped_together:
             self.accelerator.wait_for_everyone()  # all have looked for the folder
-        elif sharded or not self.args.should_save:
+        elif self._is_sharded or not self.args.should_save:
             return
+        else:
+            self._buffered_inputs = None  # one process's part of a rollout is no use: it is drawn anew
         self._save_checkpoint(self.model, trial={})  # None would have transformers gather its count of operations
         if self._stopped_together:
             self.accelerator.wait_for_everyone()  # the first to leave has the launcher end the others
@@ -478,14 +519,35 @@ class ImgGenGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if (reference := Path(checkpoint) / REFERENCE).is_file():
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(load_file(reference))
+        elif self.args.sync_ref_model:
+            logger.warning("%s has no reference policy: it is that of the run's start again", checkpoint)
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         path = Path(checkpoint) / f"{ROLLOUT_BUFFER}-{self.accelerator.process_index}.safetensors"
+        kept = self.accelerator.gather(torch.tensor([int(path.exists())], device=self.accelerator.device))
+        on_disk = len([*Path(checkpoint).glob(f"{ROLLOUT_BUFFER}-*.safetensors")])
+        if kept.sum() not in (0, len(kept)) or on_disk > len(kept):
+            raise RuntimeError(
+                f"{checkpoint} lies in the middle of a rollout and holds the parts of {on_disk} processes, of which "
+                f"{kept.sum()} belong to the {len(kept)} of this run: resume with as many processes as before, or from "
+                "an earlier checkpoint"
+            )
         if path.exists():
             batches = defaultdict(dict)
-            for key, value in load_file(path, device=str(self.accelerator.device)).items():
+            for key, value in load_file(path).items():
                 number, name = key.split("/", 1)
-                batches[int(number)][name] = value
+                batches[int(number)][name] = value.to(self.accelerator.device)
             self._buffered_inputs = [batches[number] for number in sorted(batches)]
+
+
+def exact_outputs(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """FSDP2's precision without casts of what modules are given and give: autocast has decided those.
+
+    accelerate has every module's floats cast to bfloat16, log-probs of the whole policy and rotary angles of each block
+    among them. Parameters still travel in `param_dtype`; gradients are summed in float32.
+    """
+    return dataclasses.replace(policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def side_by_side(batches: list[dict], per_step: int) -> list[dict]:
@@ -539,7 +601,14 @@ class ImageGridCallback(TrainerCallback):
         condition_ids = torch.tensor(trainer.processing_class(text=prompts)["input_ids"], device=device)
         noise = [torch.Generator(device).manual_seed(number) for number in range(len(prompts))]
         was_training = trainer.model.training
-        codes = trainer.sample(condition_ids, generator=noise).sequences[:, condition_ids.shape[1] :]
+        trainer.model.eval()  # no dropout, or two grids would not compare
+        at_once = trainer.args.generation_batch_size // trainer.accelerator.num_processes  # as the cache was made for
+        codes = torch.cat(
+            [
+                trainer.sample(condition_ids[start : start + at_once], noise[start : start + at_once]).sequences
+                for start in range(0, len(noise), at_once)
+            ]
+        )[:, condition_ids.shape[1] :]
         trainer.model.train(was_training)
         if not trainer.accelerator.is_main_process:
             return
@@ -557,7 +626,7 @@ class ImageGridCallback(TrainerCallback):
         seen = {}
         for row in self.trainer.train_dataset:
             seen.setdefault(row["prompt"], row)
-            if len(seen) == self.trainer.args.image_grid_prompts:
+            if len(seen) >= self.trainer.args.image_grid_prompts:
                 break
         return list(seen.values())
 
@@ -664,13 +733,20 @@ def _collecting(function, errors: list[Exception]):
 
     @functools.wraps(function, updated=())
     def call(*, completions, **columns):
-        try:
+        with _collected(errors):
             return function(completions=completions, **columns)
-        except Exception as error:
-            errors.append(error)
-            return [0.0] * len(completions)
+        return [0.0] * len(completions)
 
     return call
+
+
+@contextlib.contextmanager
+def _collected(errors: list[Exception]) -> Iterator[None]:
+    """Put an error of the block into `errors` and go on behind it."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
 
 
 def _shown(score: float | None) -> str:

@@ -1,9 +1,11 @@
-"""Which device a command or a model runs on, from the name that a user gave."""
+"""Where models run: the device of a name that a user gave, and weights that are whole on it."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,3 +33,23 @@ def pick_device(name: torch.device | str | None) -> torch.device:
             "Name GPUs that nvidia-smi lists, one for each process, or cpu: as --device, or as GPU_RANK of the scripts"
         )
     return torch.device("cuda", index)
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models that are loaded meanwhile are whole in every process, whatever becomes of the policy.
+
+    With DeepSpeed's ZeRO-3 transformers would load each with `from_pretrained` in shards, which nothing gathers for
+    models that the trainer does not know: judges and text encoders.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    if config is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)

@@ -271,7 +271,8 @@ def _prefill(policy, input_ids, attention_mask, caption_embeds, guided):
         hidden, values = layer(hidden, rotary, allowed, part="prefill")
         if cache is None:
             cache = _cache_for(policy, len(index), values.dtype, values.device)
-        prefix = torch.einsum("up,ukpd->ukd", weights, values.float())  # the mean of the valid values
+        # the mean of the valid values [U, K, d]; an einsum would be autocast, and 1/n rounded to bfloat16
+        prefix = (weights[:, None, :, None] * values.float()).sum(dim=2)
         cache.keys[number][:, :, 0] = 0
         cache.values[number][:, :, 0] = prefix.to(values.dtype)[index]
     last = backbone.norm(hidden[:, -1])[index]  # [R, D]

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamagen.devices import pick_device
+from llamagen.devices import pick_device, whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
@@ -252,7 +252,8 @@ class T5TextEncoder(CaptionEncoder):
     def _model(self) -> T5EncoderModel:
         from transformers import T5EncoderModel
 
-        model = T5EncoderModel.from_pretrained(self._folder, dtype=self.dtype, use_safetensors=True)
+        with whole_weights():
+            model = T5EncoderModel.from_pretrained(self._folder, dtype=self.dtype, use_safetensors=True)
         return model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -83,6 +83,8 @@ class Attention(nn.Module):
 
     def decode(self, hidden: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, slot: int, bias: Tensor | None):
         query, key, value = self._project(hidden, rotary)  # [B, H, 1, d], [B, K, 1, d], [B, K, 1, d]
+        if keys.dtype != key.dtype:  # something between cast the cache: what is written into the copy would be lost
+            raise RuntimeError(f"the cache is {keys.dtype}, keys are {key.dtype}: sample in one precision throughout")
         keys[:, :, slot : slot + 1] = key
         values[:, :, slot : slot + 1] = value
         filled = slice(0, slot + 1)  # the rest of the cache is never read
@@ -215,7 +217,8 @@ def rotary_table(config: LlamaGenConfig, device: torch.device | str | None = Non
 def caption_mask(valid: Tensor, length: int) -> Tensor:
     """Which position may attend to which, bool [B, 1, length, length], True = may attend.
 
-    (k <= q and k is valid) or k = q: the second part only keeps rows of padding defined; nobody reads them. The one
+    (k <= q and k is valid) or k = q: the second part only keeps rows of padding defined. Nobody reads them but for the
+    last, P - 1, which predicts the first code whatever it holds: with right padding that is often padding. The one
     builder for sampling and for scoring, for left and for right padding.
 
     Args:

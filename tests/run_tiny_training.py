@@ -42,6 +42,7 @@ def main():
         per_device_train_batch_size=4,
         num_generations=8,
         max_steps=3,
+        num_iterations=2,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         beta=0.1,

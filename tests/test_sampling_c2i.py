@@ -27,7 +27,7 @@ from benchmark.sampling import (
     shuffled_rows,
     wait_for_units,
 )
-from llamagen.devices import pick_device
+from llamagen.devices import pick_device, whole_weights
 from worlds import NUM_CLASSES, make_policy, make_vq
 
 ROOT = Path(__file__).parents[1]
@@ -376,6 +376,26 @@ def test_each_process_has_the_gpu_of_its_rank_unless_one_is_named(monkeypatch):
             pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device(None) == torch.device("cpu")
+
+
+def test_judges_are_loaded_whole_while_the_policy_is_sharded():
+    from transformers.integrations import deepspeed
+
+    class Config:
+        def is_zero3(self):
+            return True
+
+    config = Config()
+    with whole_weights():
+        pass
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        with pytest.raises(KeyError), whole_weights():
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+            raise KeyError
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
 
 
 def test_missing_weight_files_say_where_to_get_them(sample, tmp_path, monkeypatch):

@@ -133,6 +133,14 @@ def test_grids_of_a_run_whose_judge_is_gone_are_drawn_without_rewards(world, run
 def test_lora_through_trls_own_flags(world, run, tmp_path):
     run(world, "--use_peft", "--lora_r", "4")
     assert (tmp_path / "run/final/adapter_model.safetensors").exists()
+    adapter = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_dropout"]) == (4, 0.0)
+
+
+def test_options_that_nothing_reads_are_refused(world, run):
+    for options in (["--dtype", "bfloat16"], ["--load_in_4bit", "true"], ["--attn_implementation", "sdpa"]):
+        with pytest.raises(SystemExit, match=f"{options[0]} {options[1].title() if 'load' in options[0] else ''}"):
+            run(world, *options)
 
 
 def test_an_official_file_is_converted_once_and_is_the_reference(world, tmp_path, monkeypatch):

@@ -399,6 +399,7 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint(tmp_path, number):
     [
         ({}, 2),
         ({"gradient_accumulation_steps": 2}, 2),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}, 2),
         ({"num_iterations": 2}, 3),  # in the middle of a rollout's second pass
         ({"num_iterations": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 1),
     ],
@@ -419,6 +420,56 @@ def test_a_resumed_run_takes_exactly_the_same_steps(tmp_path, settings, stop):
     for expected, found in zip(logged(whole)[stop:], logged(resumed)[stop:], strict=True):
         for name in ("loss", "reward", "kl", "entropy", "ratio/std"):
             assert found.get(name) == expected.get(name), name
+
+
+def test_parts_of_a_rollout_by_more_processes_are_refused(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "num_iterations": 2}
+    stopped = make_trainer(tmp_path, **settings)
+    stopped.add_callback(Interrupt(signal.SIGTERM, 0))
+    stopped.train()
+    checkpoint = tmp_path / "run/checkpoint-1"
+    part = (checkpoint / "rollout_buffer-0.safetensors").read_bytes()
+    (checkpoint / "rollout_buffer-1.safetensors").write_bytes(part)
+    with pytest.raises(RuntimeError, match="the parts of 2 processes, of which 1 belong to the 1 of this run"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+# ---------------------------------------------------------------------------------------------------- precision
+
+
+def test_fsdps_mixed_precision_leaves_log_probs_and_rollouts_exact(tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = make_policy(tmp_path / "policy")
+    labels, half = torch.tensor([[1], [2]]), torch.bfloat16
+    of_accelerate = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+    exact = ours.exact_outputs(of_accelerate)
+    assert (exact.param_dtype, exact.reduce_dtype) == (half, torch.float32)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in policy.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=exact)
+        fully_shard(policy, mesh=mesh, mp_policy=exact)
+        register_fsdp_forward_method(policy, "generate")
+        with torch.no_grad(), torch.autocast("cpu", half):
+            sampled = policy.generate(labels, guidance_scale=2.0, return_dict_in_generate=True)
+            scored = policy(sampled.sequences, guidance_scale=2.0, labels=sampled.sequences, scored_with=(1.0, 0, 1.0))
+    finally:
+        distributed.destroy_process_group()
+    replayed = scored.log_probs[:, -16:]
+    assert replayed.dtype == torch.float32
+    assert (replayed - sampled.logps).abs().mean() < 0.01  # a cache whose writes are lost is off by 0.3
+
+
+@pytest.mark.parametrize("exact_head", [False, True])
+def test_a_head_in_float32_is_one_in_rollouts_too(tmp_path, exact_head):
+    trainer = make_trainer(tmp_path, max_steps=1, bf16=True, cast_lm_head_to_fp32=exact_head)
+    seen = []
+    trainer.model.lm_head.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    trainer.train()
+    assert set(seen) == {torch.float32 if exact_head else torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------------- processes
@@ -455,7 +506,7 @@ def test_two_processes_train_one_policy(two_process_run):
 
 
 def test_a_killed_two_process_run_goes_on_as_if_nothing_had_happened(tmp_path, two_process_run):
-    launch(tmp_path, 2, "--die_in_step", "2", expect=1)  # SIGKILL, nothing is cleaned up
+    launch(tmp_path, 2, "--die_in_step", "1", expect=1)  # SIGKILL in the middle of a rollout's batches, no clean-up
     assert not (tmp_path / "rank0.json").exists()
     launch(tmp_path, 2, "--resume")
     whole, resumed = (json.loads((folder / "rank0.json").read_text()) for folder in (two_process_run, tmp_path))
@@ -463,10 +514,10 @@ def test_a_killed_two_process_run_goes_on_as_if_nothing_had_happened(tmp_path, t
 
 
 def test_a_judge_that_dies_in_one_process_ends_both_with_a_checkpoint(tmp_path):
-    done = launch(tmp_path, 2, "--fail_in_step", "2", "--save_steps", "100", expect=1)  # else they wait for each other
+    done = launch(tmp_path, 2, "--fail_in_step", "3", "--save_steps", "100", expect=1)  # else they wait for each other
     assert "ConnectionError: the judge is gone" in done.stderr
     assert "RuntimeError: rewards failed in process 1, whose message says why" in done.stderr
-    files = {path.name for path in (tmp_path / "run/checkpoint-1").iterdir()}
+    files = {path.name for path in (tmp_path / "run/checkpoint-2").iterdir()}
     assert {"model.safetensors", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= files
     launch(tmp_path, 2, "--resume", "--save_steps", "100")
     assert json.loads((tmp_path / "rank0.json").read_text())["metrics"]["step"] == 1
@@ -493,7 +544,27 @@ def test_impossible_batches_list_the_possible_ones(numbers, message):
         accumulation_for(*numbers)
 
 
-@pytest.mark.parametrize("option", [{"use_vllm": True}, {"mask_truncated_completions": True}, {"min_p": 0.1}])
+def test_settings_that_would_mislead_are_refused(tmp_path):
+    def config(**settings):
+        return ImgGenGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+    with pytest.raises(ValueError, match="use it with logps_guidance guided and condition_dropout 0"):
+        config(off_policy_mask_threshold=0.1, logps_guidance="conditional")
+    with pytest.raises(ValueError, match="image_grid_prompts=0: at least 1; image_grid_steps 0 draws none"):
+        config(image_grid_prompts=0)
+    assert config(off_policy_mask_threshold=0.1, image_grid_prompts=0, image_grid_steps=0)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_vllm": True},
+        {"mask_truncated_completions": True},
+        {"min_p": 0.1},
+        {"generation_kwargs": {"top_k": 1}},
+        {"max_completion_length": 64},
+    ],
+)
 def test_options_that_mean_nothing_for_images_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match="no meaning for image codes"):
         ImgGenGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **option)
