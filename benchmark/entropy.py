@@ -347,7 +347,7 @@ class _Meter:
     def measure(self, path: Path) -> Entropies:
         """What is on disk for this policy and these settings, or a new measurement."""
         text = {} if self.captions is None else self._text_settings(path)
-        settings = {**self.settings, **text, "policy_sha256": fingerprint(path)}
+        settings = {**self.settings, **text, "policy_sha256": fingerprint(path), "image_size": self.options.image_size}
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         kept = self.options.output / MEASURED_FOLDER / f"{name}.json"
         if kept.is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM
-from llamagen.checkpoints import is_saved, where_to_get
+from llamagen.checkpoints import RELEASED_NAME, is_saved, where_to_get
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,6 @@ LAST, FINAL = "last", "final"
 CONFIG_NAME, ADAPTER_NAME = "config.json", "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
-_RELEASED_NAME = re.compile(r"(?P<task>c2i|t2i)_(?P<size>B|L|XL|XXL|3B)_(?:stage\d_)?(?P<image_size>256|384|512)")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -110,10 +109,16 @@ def arguments_of_run(policy_path: Path, group: str) -> dict:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 over the weight files of a path, so that samples can be told from those of other weights."""
+    """SHA-256 over the weight files of a path, so that samples can be told from those of other weights.
+
+    Of LoRA adapters it is that of their base, too.
+    """
     path = Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if _is_weight_file(file))
     digest = hashlib.sha256()
+    if (adapter := path / ADAPTER_NAME).is_file():
+        base = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
+        digest.update(fingerprint(base).encode() if base.exists() else b"")
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -130,7 +135,7 @@ def _is_weight_file(file: Path) -> bool:
 
 def _released_config(path: Path, task: str, policy_size: str | None, image_size: int | None) -> LlamaGenConfig:
     """Configuration of an official file, from its name where it has a released one."""
-    match = _RELEASED_NAME.search(path.name)
+    match = RELEASED_NAME.search(path.name)
     if match and match["task"] != task:
         raise ValueError(_other_task(path, match["task"]))
     policy_size = policy_size or (match and f"GPT-{match['size']}")

@@ -171,6 +171,7 @@ def sample_captions(options: argparse.Namespace, share: Share) -> Path:
         encoder.require([prompt.caption for prompt in prompts])
     settings = {
         "policy_sha256": fingerprint(models.policy_path),
+        "image_token_num": models.policy.config.image_token_num,  # weights say no resolution
         "vq_sha256": fingerprint(models.vq_path),
         "text_encoder": encoder.identity,
         "text_features_sha256": fingerprint(options.text_features) if options.text_features else None,

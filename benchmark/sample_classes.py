@@ -87,6 +87,7 @@ def sample_classes(options: argparse.Namespace, share: Share) -> Path:
     rows = shuffled_rows(units)
     settings = {
         "policy_sha256": fingerprint(policy_path),
+        "image_token_num": policy.config.image_token_num,  # weights say no resolution
         "vq_sha256": fingerprint(vq_path),
         "seed": options.seed,
         "num_per_class": options.num_per_class,

@@ -67,11 +67,11 @@ def check_all_details(prompts: list[str], metadata: list[dict | None]) -> list[d
     return [check_details(entry, prompt, index) for index, (entry, prompt) in enumerate(zip(metadata, prompts))]
 
 
-def check_details(details: dict | None, prompt: str, index: int) -> dict:
-    """GenEval's metadata of one prompt; raises ValueError if that is not what was given."""
+def check_details(details: dict | None, prompt: str, index: int, name: str = "geneval") -> dict:
+    """GenEval's metadata of one prompt; raises ValueError, in the judge's name, if that is not what was given."""
     if not details or details.get("tag") not in TAGS or not details.get("include"):
         raise ValueError(
-            f"geneval: prompt {index} ({prompt!r:.60}) has metadata {details!r:.80}, expected a dict with `tag` "
+            f"{name}: prompt {index} ({prompt!r:.60}) has metadata {details!r:.80}, expected a dict with `tag` "
             f"(one of {', '.join(TAGS)}) and `include`: give the data set a column `metadata` with GenEval's entries"
         )
     return {**details, "prompt": details.get("prompt", prompt)}

@@ -45,7 +45,7 @@ def build_scorers(names: Iterable[str], arguments: ScorerArguments | None = None
             server = shared.get(RemoteServer, url=remote[name], **arguments.server_settings())
             kind = scorer_class(name) if name in SCORERS else None
             known = {"expected_range": kind.expected_range, "reads_text": kind.reads_text} if kind else {}
-            scorers[name] = RemoteScorer(name, server, **known)
+            scorers[name] = RemoteScorer(name, server, **known, own_class=kind)
         else:
             scorers[name] = scorer_class(name).from_arguments(arguments, shared)
     return scorers

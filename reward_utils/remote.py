@@ -24,6 +24,7 @@ class RemoteScorer(Scorer):
         server: shared by all judges at one address, which are asked in one request.
         expected_range: of the judge, for the table.
         reads_text: the prompt matters to the judge.
+        own_class: of the judge, if it is known here: it says what prompts have to come with.
     """
 
     remote = True
@@ -35,11 +36,13 @@ class RemoteScorer(Scorer):
         server: RemoteServer,
         expected_range: tuple[float, float] = (0.0, 1.0),
         reads_text: bool = True,
+        own_class: type[Scorer] | None = None,
     ):
         super().__init__(f"{name} at {server.url}")
         self.name = name
         self.expected_range = expected_range
         self.reads_text = reads_text
+        self.own_class = own_class
         self.server = server
         server.names = list(dict.fromkeys([*server.names, name]))
 
@@ -49,6 +52,10 @@ class RemoteScorer(Scorer):
 
     def check(self) -> None:
         self.server.check()
+
+    def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:
+        if self.own_class is not None:
+            self.own_class.check_rows(self, prompts, metadata)
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float | None]:
         scores, failures = self.server.scores(images, prompts, metadata)

@@ -5,7 +5,8 @@
 
 Pictures are image files, folders of them (in the order of their names), or .npz files with bytes `arr_0` [N, H, W, 3].
 Prompts are the lines of a text file, or a .json / .jsonl list of texts or of objects with `prompt` or `caption`, and
-`metadata` for the judges that need it: one per picture, or a single one for all.
+`metadata` for the judges that need it (else the object itself, as in GenEval's file): one per picture, or a single one
+for all.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def _read_prompts(path: str | None, count: int, scorers: dict[str, Scorer]) -> t
     if path.endswith(".json"):
         entries = json.loads(text)
     elif path.endswith(".jsonl"):
-        entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        entries = [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
     else:
         entries = text.splitlines()
     if not isinstance(entries, list):
@@ -215,7 +216,9 @@ def _read_prompts(path: str | None, count: int, scorers: dict[str, Scorer]) -> t
     for entry in entries:
         details = entry if isinstance(entry, dict) else {}
         prompts.append(details.get("prompt", details.get("caption")) if details else entry)
-        metadata.append(details.get("metadata"))
+        metadata.append(
+            details.get("metadata", details if len(details) > 1 else None)
+        )  # GenEval's rows are metadata themselves
     return prompts, metadata
 
 

@@ -18,9 +18,9 @@ from benchmark.clusters import Estimate, estimate
 from benchmark.paper import __main__ as paper
 from benchmark.paper import plan, preflight, run, toy_metrics
 from benchmark.paper.exhibits import CLAIMS, FIGURES, METRICS, TABLES, Claim, Curves, Row, Table, metrics_of
-from benchmark.paper.plan import EXPERIMENTS, MAIN, QUARTERS, Point, Run, Unavailable, load_config, resolve
+from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Run, Unavailable, load_config, resolve
 from benchmark.paper.preflight import check_full
-from benchmark.paper.render import figure_png, findings_markdown, load_printed, table_markdown
+from benchmark.paper.render import curves_markdown, figure_png, findings_markdown, load_printed, table_markdown
 from benchmark.paper.results import (
     HOLDS,
     LEANS,
@@ -39,6 +39,7 @@ from toy import world
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (1, 2)
+MAIN = {"c2i": "c2i_B_256", "t2i": "t2i_XL_256"}
 C2I = [name for name, experiment in EXPERIMENTS.items() if experiment.task == "c2i"]
 
 
@@ -87,8 +88,8 @@ def test_what_the_toy_world_lacks_is_said_and_not_faked():
         Unavailable, match="nothing changes in the toy world, whose rewards are clip, hpsv2, qwen_label"
     ):
         resolve("c2i_no_quality", "toy", 1)
-    with pytest.raises(Unavailable, match="the toy world has class policies of two sizes"):
-        resolve("c2i_XL_384", "toy", 1)
+    with pytest.raises(Unavailable, match="questions for realism expect one object"):
+        resolve("t2i_realism", "toy", 1)
     assert resolve("c2i_B_384", "full", 1).policy == "weights/c2i_B_384.pt"
 
 
@@ -130,11 +131,8 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, capsys):
     paper.main(["--table", "2", "--dry-run", "--seeds", "2", "--jobs", "2", "--runs", str(tmp_path / "runs")])
     said = capsys.readouterr().out
     assert "c2i_B_256/seed-2: 40 steps; 0 of 3 measurements are there" in said
-    assert (
-        "left out: c2i_XL_384: the toy world has class policies of two sizes" in said
-        and "core minutes" in said
-        and "GB of disk" in said
-    )
+    assert "c2i_XL_384/seed-1: 40 steps" in said and "core minutes" in said and "GB of disk" in said
+    assert "left out" not in said
     paper.main(["--table", "2", "--dry-run", "--scale", "full", "--runs", str(tmp_path / "runs")])
     # four runs of 100 steps at 19.9 GPU hours are 79.5; sampling 50,000 images comes on top
     hours = int(capsys.readouterr().out.partition("about ")[2].partition(" GPU hours")[0])
@@ -196,8 +194,11 @@ def test_a_finding_pairs_seeds(tmp_path):
     assert f"| RL lowers recall | recall | 0.620 ± 0.040 | 0.700 ± 0.058 | -0.030 ± 0.010 (n = 2) | {LEANS} |" in text
     assert f"| {NOT_MEASURABLE}: nothing changes in the toy world, whose rewards are" in text
     total = sum(map(len, CLAIMS.values()))
-    counts = "0 hold, 1 leans that way, 0 do not show, 0 lean the other way, 0 are contradicted, 1 is not measurable"
-    assert f"In short: of {total} claims {counts}" in text
+    counts = (
+        "holds 0; does not hold, the opposite was measured 0; not measurable with these seeds 1, of which 1 lean that "
+        "way, 0 the other way and 0 are within the noise; not measurable in the toy world 1; not measured yet"
+    )
+    assert f"In short, of {total} claims: {counts} {total - 2}." in text
 
 
 def test_a_table_shows_ours_beside_printed_numbers(tmp_path):
@@ -250,6 +251,9 @@ def test_a_curve_is_a_mean_over_seeds_with_its_error(tmp_path):
     assert data["reward"] == {"all": [(1, pytest.approx(4.0), pytest.approx(1.0)), (2, 5.0, pytest.approx(1.0))]}
     assert data["truth"] == {"all": [(0.0, 0.0, 0.0), (20.0, pytest.approx(0.2), 0.0)]}  # quarters of 40 steps
     assert picture.startswith(b"\x89PNG")
+    text = curves_markdown(data)
+    assert "| all | 4.000 ± 1.000 | 5.000 ± 1.000 | not at hand |" in text and "**truth**" in text
+    assert "|  | step 0 | step 20 | printed |" in text
     with pytest.raises(ValueError, match="nothing of this figure"):
         figure_png(Measured(tmp_path, {}), dataclasses.replace(figure, logged=()), SEEDS)
 
@@ -333,8 +337,48 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_left_alone(stubbed):
 def test_a_run_with_other_settings_is_not_taken_for_this_one(stubbed):
     workspace, one = stubbed
     workspace.train(one)
-    with pytest.raises(ValueError, match=r"beta was 0\.1, is 0\.2.*choose another --runs"):
-        workspace.train(dataclasses.replace(one, settings=one.settings | {"beta": 0.2}))
+    other = dataclasses.replace(one, settings=one.settings | {"beta": 0.2})
+    assert workspace.other_settings(one) is None and not workspace.is_trained(other)
+    assert workspace.numbers(other, Point(one.name)) == {}
+    with pytest.raises(StageFailed, match=r"beta was 0\.1, is 0\.2.*choose another --runs"):
+        workspace.train(other)
+
+
+def test_a_run_of_other_settings_spoils_no_plan(tmp_path, capsys):
+    folder = tmp_path / "runs/toy/c2i_XL_384/seed-1"
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text('{"beta": 7}')
+    paper.main(["--table", "2", "--dry-run", "--seeds", "1", "--runs", str(tmp_path / "runs")])
+    said = capsys.readouterr().out
+    assert "FAILS: " in said and "beta was 7, is 0.1" in said and "c2i_B_256/seed-1: 40 steps" in said
+    paper.main(["--table", "2", "--write_only", "--seeds", "1", "--runs", str(tmp_path / "runs")])
+    assert "| LlamaGen-XL, 384 px + RL | ours | not yet |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 15, "log_'])
+def test_a_checkpoint_that_was_cut_off_stops_nothing(stubbed, state):
+    workspace, one = stubbed
+    cut_off = workspace.folder(one) / "checkpoint-15"
+    cut_off.mkdir(parents=True)
+    if state:
+        (cut_off / "trainer_state.json").write_text(state)
+    (workspace.folder(one) / "experiment.json").write_text(json.dumps(workspace._trained_with(one)))
+    assert workspace.steps_done(one) == 0
+    workspace.train(one)
+    assert "--resume_from_checkpoint" not in workspace.calls[0] and not cut_off.exists()
+    assert workspace.is_trained(one)
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(stubbed, monkeypatch):
+    workspace, one = stubbed
+    clock = iter([100.0, 107.0, 200.0, 205.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    workspace.stops_at = 20
+    with pytest.raises(StageFailed):
+        workspace.train(one)
+    workspace.stops_at = None
+    workspace.train(one)
+    assert workspace.seconds_trained(one) == 12.0
 
 
 def test_a_measurement_is_made_once_and_again_for_other_weights(stubbed):

@@ -347,6 +347,13 @@ def reward_server(monkeypatch):
         server.server_close()
 
 
+def test_a_remote_judge_checks_its_prompts_as_a_local_one():
+    remote = judges(["geneval", "brightness"], remote_rewards=["geneval=http://x", "brightness=http://x"])
+    remote["brightness"].check_rows(["a dog"], [None])
+    with pytest.raises(ValueError, match=r"geneval: prompt 0 \('a dog'\) has metadata None"):
+        remote["geneval"].check_rows(["a dog"], [None])
+
+
 def test_a_judge_in_our_server_scores_as_it_does_here(reward_server):
     local = Brightness()
     _, url = reward_server({"brightness": Brightness(), "answerless": Answerless()})

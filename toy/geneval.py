@@ -20,7 +20,8 @@ import numpy as np
 from torch import Tensor
 
 from benchmark.geneval.detections import Detections
-from benchmark.geneval.scoring import TASKS, Summary, judge_image, partial_credit, summarize
+from benchmark.geneval.scoring import Summary, judge_image, partial_credit, summarize
+from reward_utils.geneval import check_details
 from reward_utils.scorer import Scorer, Shared
 from toy.captions import Metadata
 from toy.checker import find_objects
@@ -53,7 +54,9 @@ def score_pictures(prompts: Sequence[Metadata], images: np.ndarray | Tensor) -> 
 
 
 class ToyGenEvalScorer(Scorer):
-    """1 if a picture of the drawn world shows what its prompt asked for, else 0; "credit" gives partial credit.
+    """1 if a picture of the drawn world shows what its prompt asked for, else 0; kind "scores" gives partial credit.
+
+    The other two kinds of `--geneval_score` are one here: the number of objects has to be exact, as in the measure.
 
     It is the measure that the toy world's results are told in: a policy trained on it is no longer judged by something
     it has not seen. Needs GenEval's metadata of every prompt, which the prompts' file holds.
@@ -72,7 +75,7 @@ class ToyGenEvalScorer(Scorer):
 
     def check_rows(self, prompts: list[str], metadata: list[dict | None]) -> None:
         for index, (entry, prompt) in enumerate(zip(metadata, prompts)):
-            _check_details(entry, prompt, index)
+            check_details(entry, prompt, index, self.name)
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> list[float]:
         self.check_rows(prompts, metadata)
@@ -83,11 +86,3 @@ class ToyGenEvalScorer(Scorer):
         if self.credit:
             return partial_credit(prompt, found.boxes, found.colors)
         return float(judge_image(prompt, found.boxes, found.colors)[0])
-
-
-def _check_details(details: dict | None, prompt: str, index: int) -> None:
-    if not details or details.get("tag") not in TASKS or not details.get("include"):
-        raise ValueError(
-            f"toy_geneval: prompt {index} ({prompt!r:.60}) has metadata {details!r:.80}, expected a dict with `tag` "
-            f"(one of {', '.join(TASKS)}) and `include`: train on a file of python -m toy.make --prompts"
-        )

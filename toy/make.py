@@ -1,9 +1,10 @@
 """Train the toy world's models from a seed: python -m toy.make --out toy/weights --seed 0
 
-Writes save_pretrained folders (config.json, model.safetensors): vq, clip and the class policies gpt_nano, gpt_small and
-gpt_nano_48; for text-to-image vq_t2i, gpt_nano_t2i and with it t5; and hpsv2, an open_clip folder. Weights are stored
-in half precision and load as float32, since config.json says so. With --official each LlamaGen model is also written as
-the .pt file the official programs read. Other jobs: --reference OUT.npz, --picture OUT.png, --prompts FOLDER.
+Writes save_pretrained folders (config.json, model.safetensors): vq, clip and the class policies gpt_nano, gpt_mini,
+gpt_small and gpt_nano_48; for text-to-image vq_t2i, gpt_nano_t2i and with it t5; and hpsv2, an open_clip folder.
+Weights are stored in half precision and load as float32, since config.json says so. With --official each LlamaGen
+model is also written as the .pt file the official programs read. Other jobs: --reference OUT.npz, --picture OUT.png,
+--prompts FOLDER.
 """
 
 # Legend: B images, T codes of an image, V codebook size, S image side in pixels
@@ -128,6 +129,7 @@ class PolicyRecipe:
 
 POLICIES = {
     "gpt_nano": PolicyRecipe("c2i", 128, 4, 4, cycles=((1300, 2.5e-3), (1300, 2.5e-3)), batch_size=64),
+    "gpt_mini": PolicyRecipe("c2i", 128, 7, 4, cycles=((800, 2e-3),), batch_size=64, start="gpt_nano"),
     "gpt_small": PolicyRecipe("c2i", 192, 6, 6, cycles=((1400, 2e-3), (700, 1.2e-3)), batch_size=64),
     "gpt_nano_48": PolicyRecipe(
         "c2i", 128, 4, 4, cycles=((600, 1.5e-3),), batch_size=32, pool_size=6_400, image_size=48, start="gpt_nano"
@@ -159,6 +161,11 @@ EXPECTED: dict[str, dict[str, float]] = {
         "position": 0.08,
         "color_attr": 0.00,
     },
+    "gpt_mini": {
+        "cross_entropy": 1.113,
+        "checker_accuracy_guidance_1": 0.781,
+        "checker_accuracy_guidance_2": 0.846,
+    },
     "gpt_small": {
         "cross_entropy": 1.109,
         "checker_accuracy_guidance_1": 0.760,
@@ -182,7 +189,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default=",".join(MODELS),
-        help=f"some of {','.join(MODELS)}; all but vq need vq, gpt_nano_t2i vq_t2i, gpt_nano_48 gpt_nano",
+        help=f"some of {','.join(MODELS)}; all but vq need vq, gpt_nano_t2i vq_t2i, gpt_mini and gpt_nano_48 gpt_nano",
     )
     parser.add_argument("--official", action="store_true", help="write the LlamaGen models as official .pt files, too")
     parser.add_argument("--picture", type=Path, help="draw a sheet of pictures from the models in --out; no training")

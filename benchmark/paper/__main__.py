@@ -26,7 +26,14 @@ from benchmark.paper.costs import Cost, cost_of, in_words
 from benchmark.paper.exhibits import FIGURES, TABLES, Curves, Table
 from benchmark.paper.plan import Unavailable
 from benchmark.paper.preflight import check_full
-from benchmark.paper.render import figure_png, findings_markdown, load_printed, samples_png, table_markdown
+from benchmark.paper.render import (
+    curves_markdown,
+    figure_png,
+    findings_markdown,
+    load_printed,
+    samples_png,
+    table_markdown,
+)
 from benchmark.paper.results import jobs_of, needs_of, needs_of_findings
 from benchmark.paper.run import SCALES, Job, Workspace, execute
 
@@ -109,7 +116,7 @@ def _write(workspace: Workspace, options: argparse.Namespace, seeds: Sequence[in
         text = table_markdown(workspace, options.table, TABLES[options.table], seeds, load_printed(), command)
         sys.stdout.write(f"{text}\n")
         return [write_bytes(results / f"table_{options.table}.md", text.encode())]
-    figure, name = FIGURES[options.figure], f"figure_{options.figure}"
+    figure, name, numbers = FIGURES[options.figure], f"figure_{options.figure}", ""
     note = (
         f"# Figure {options.figure}: {figure.title}\n\nCommand: `{command}`. Bands are one standard error over seeds.\n"
     )
@@ -118,12 +125,13 @@ def _write(workspace: Workspace, options: argparse.Namespace, seeds: Sequence[in
             picture, data = figure_png(workspace, figure, seeds)
             write_bytes(results / f"{name}.png", picture)
             write_bytes(results / f"{name}.json", json.dumps(data, indent=1).encode())
+            numbers = f"\nMean ± standard error over seeds.\n\n{curves_markdown(data)}"
         else:
             samples_png(workspace, figure, seeds[0], results / f"{name}.png")
             note = f"# Figure {options.figure}: {figure.title}\n\nCommand: `{command}`. The same noise in a column.\n"
     except Unavailable as reason:
         return [write_bytes(results / f"{name}.md", f"{note}\nNot there: {reason}.\n".encode())]
-    write_bytes(results / f"{name}.md", f"{note}\n![{figure.title}]({name}.png)\n".encode())
+    write_bytes(results / f"{name}.md", f"{note}\n![{figure.title}]({name}.png)\n{numbers}".encode())
     return [results / f"{name}.md", results / f"{name}.png"]
 
 
@@ -141,6 +149,7 @@ def _plan(workspace: Workspace, jobs: list[Job], without: dict[str, str], parall
         else:
             done = workspace.steps_done(job.run)
             what = f"{workspace.folder(job.run)}: {job.run.steps} steps" + (f", go on from {done}" if done else "")
+            what = f"FAILS: {problem}" if (problem := workspace.other_settings(job.run)) else what
         wanted = [(point, group) for point, groups in job.needs.items() for group in sorted(groups)]
         missing = [one for one in wanted if workspace.known(job.run, *one) is None]
         lines.append(f"{what}; {len(wanted) - len(missing)} of {len(wanted)} measurements are there")

@@ -11,7 +11,7 @@ from benchmark.paper.run import Job, Workspace
 
 # Toy: wall seconds with two commands at a time on two cores, measured while docs/findings.md was made: a step with
 # its judges (the server's share included), and each group of numbers with the start of its commands.
-TOY_SECONDS_PER_STEP = {"gpt_nano": 3.2, "gpt_nano_t2i": 3.8, "gpt_small": 6.0, "gpt_nano_48": 6.5}
+TOY_SECONDS_PER_STEP = {"gpt_nano": 3.2, "gpt_nano_t2i": 3.8, "gpt_mini": 4.5, "gpt_small": 6.0, "gpt_nano_48": 6.5}
 TOY_SECONDS_OTHERWISE = 6.0
 TOY_SECONDS_START = 20.0
 TOY_SECONDS = {"samples": 40.0, "fid": 12.0, "toy": 28.0, "entropy": 26.0, "geneval": 12.0, "drawbench": 20.0}
@@ -24,6 +24,8 @@ FULL_HOURS_PER_STEP = 149 / 60 * 8 / 100
 FULL_SECONDS_PER_CODE = 0.02  # a decoding step of a batch of 50, assumed
 FULL_HOURS = {"entropy": 0.2, "geneval": 1.0, "drawbench": 3.0, "toy": 0.0, "fid": 0.5}  # assumed
 FULL_GIGABYTES = {"c2i": 15.0, "t2i": 18.0}  # of a run: four checkpoints and the end, float32
+FULL_GIGABYTES_RESUMING = 25.0  # AdamW's two moments in each of the four, until the run is finished
+FULL_GIGABYTES_SAMPLES = 10.0  # of a point's 50,000 class samples, until they are measured
 FULL_SAMPLES = 50_000
 
 
@@ -80,10 +82,11 @@ def in_words(workspace: Workspace, cost: Cost, parallel: int) -> str:
             "(benchmark/paper/costs.py)"
         )
     return (
-        f"about {cost.seconds / 3600:.0f} GPU hours (A100, 80 GB); {cost.num_bytes / 1e9:.0f} GB of disk that "
-        "stay, and 10 GB of samples of a point while it is measured.\nEstimated: every 100 steps are counted as the "
-        "149 minutes on 8 GPUs that VA-pi's Table 2 gives for LlamaGen-XL at 384 px, an upper bound for the others "
-        "(benchmark/paper/costs.py)"
+        f"about {cost.seconds / 3600:.0f} GPU hours (A100, 80 GB); {cost.num_bytes / 1e9:.0f} GB of disk that stay. "
+        f"Meanwhile up to {FULL_GIGABYTES_RESUMING:.0f} GB more while a run trains, for what it resumes from, and "
+        f"{FULL_GIGABYTES_SAMPLES:.0f} GB while a point's class samples are measured.\nEstimated: every 100 steps are "
+        "counted as the 149 minutes on 8 GPUs that VA-pi's Table 2 gives for LlamaGen-XL at 384 px, an upper bound for "
+        "the others (benchmark/paper/costs.py)"
     )
 
 
@@ -96,7 +99,8 @@ def _measuring(workspace: Workspace, job: Job, point: Point, missing: list[str])
         seconds = sum(TOY_SECONDS[group] for group in missing if group != "samples") + drawn * TOY_SECONDS["samples"]
         return Cost(seconds, TOY_MEGABYTES["point"] * 1e6)
     hours = sum(FULL_HOURS.get(group, 0.0) for group in missing)
+    kept = "samples" in missing and job.run.task == "c2i"  # for a figure of pictures
     codes = (job.run.settings.get("image_size", 256) // 16) ** 2
     if drawn and job.run.task == "c2i":
         hours += FULL_SAMPLES / 50 * codes * FULL_SECONDS_PER_CODE / 3600
-    return Cost(hours * 3600, 0.0)
+    return Cost(hours * 3600, kept * FULL_GIGABYTES_SAMPLES * 1e9)

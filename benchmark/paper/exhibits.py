@@ -1,7 +1,7 @@
 """The paper's tables and figures and the claims of docs/findings.md, in terms of measured points of experiments.
 
-The subjects are the issue's and the configurations' (configs/*.yaml); the paper's own captions and rows were not at
-hand, so a table here has a row for each subject of its ablation. Numbers printed elsewhere are in printed.yaml.
+A table has a row for each subject of its ablation, as configs/ has a file for each; the paper's own labels of rows are
+not reproduced. Printed numbers are in printed.yaml.
 """
 
 from __future__ import annotations
@@ -241,7 +241,8 @@ class Claim:
 
 _MAIN, _START = Point("c2i_B_256"), Point("c2i_B_256", 0)
 _TEXT, _TEXT_START = Point("t2i_XL_256"), Point("t2i_XL_256", 0)
-_LARGE, _LARGE_START = Point("c2i_L_384"), Point("c2i_L_384", 0)
+_L, _L_START = Point("c2i_L_384"), Point("c2i_L_384", 0)
+_XL, _XL_START = Point("c2i_XL_384"), Point("c2i_XL_384", 0)
 _LATE, _USUAL = Point("c2i_long"), Point("c2i_long", 1)
 
 CLAIMS: dict[str, tuple[Claim, ...]] = {
@@ -265,6 +266,24 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             Point("c2i_alignment"),
             _MAIN,
         ),
+        Claim(
+            "The judge's score for real pictures needs the judge among the rewards",
+            "judge_qwen_fake",
+            -1,
+            Point("c2i_alignment"),
+            _MAIN,
+        ),
+        Claim(
+            "The judge's score for natural objects needs the judge among the rewards",
+            "judge_qwen_weird",
+            -1,
+            Point("c2i_alignment"),
+            _MAIN,
+        ),
+        Claim("CLIP alone raises HPSv2's score, too", "judge_hpsv2", 1, Point("c2i_clip"), _START),
+        Claim("HPSv2 alone raises CLIP's score, too", "judge_clip", 1, Point("c2i_hpsv2"), _START),
+        Claim("CLIP alone makes more pictures right", "truth", 1, Point("c2i_clip"), _START),
+        Claim("HPSv2 alone makes more pictures right", "truth", 1, Point("c2i_hpsv2"), _START),
         Claim("The judge's rewards keep pictures right (truth)", "truth", -1, Point("c2i_alignment"), _MAIN),
         Claim("The quality reward (MANIQA) has a role of its own", "fid", 1, Point("c2i_no_quality"), _MAIN),
         Claim("Training with guidance is better than without (truth)", "truth", -1, Point("c2i_guidance_1"), _MAIN),
@@ -281,8 +300,10 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("Late training: fewer pictures are right", "truth", -1, _LATE, _USUAL),
         Claim("Late training: FID gets worse", "fid", 1, _LATE, _USUAL),
         Claim("Late training: recall falls", "recall", -1, _LATE, _USUAL),
-        Claim("A larger policy gains, too: Inception Score", "inception_score", 1, _LARGE, _LARGE_START),
-        Claim("A larger policy gains, too: truth", "truth", 1, _LARGE, _LARGE_START),
+        Claim("A larger policy (L) gains, too: Inception Score", "inception_score", 1, _L, _L_START),
+        Claim("A larger policy (L) gains, too: truth", "truth", 1, _L, _L_START),
+        Claim("The largest policy (XL) gains, too: Inception Score", "inception_score", 1, _XL, _XL_START),
+        Claim("The largest policy (XL) gains, too: truth", "truth", 1, _XL, _XL_START),
         Claim(
             "A second resolution gains, too: Inception Score",
             "inception_score",

@@ -124,10 +124,15 @@ EXPERIMENTS: dict[str, Experiment] = {
     "c2i_L_384": Experiment(
         "c2i",
         "c2i_L_384",
-        toy_changes=_toy_policy("gpt_small"),
-        toy_note="a larger policy at the toy world's one resolution, 32 px",
+        toy_changes=_toy_policy("gpt_mini"),
+        toy_note="a policy of 1.4 million parameters at 32 px, where B has 0.9",
     ),
-    "c2i_XL_384": Experiment("c2i", "c2i_XL_384", toy_without="the toy world has class policies of two sizes"),
+    "c2i_XL_384": Experiment(
+        "c2i",
+        "c2i_XL_384",
+        toy_changes=_toy_policy("gpt_small"),
+        toy_note="a policy of 2.8 million parameters at 32 px",
+    ),
     "t2i_XL_256": Experiment(
         "t2i",
         "t2i_XL_256",
@@ -199,7 +204,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         "t2i", "t2i_XL_256", {"reward_funcs": ["geneval"]}, toy_changes={"reward_funcs": ["toy_geneval"]}
     ),
 }
-MAIN = {"c2i": "c2i_B_256", "t2i": "t2i_XL_256"}
 
 
 def resolve(name: str, scale: str, seed: int) -> Run:

@@ -114,7 +114,8 @@ def findings_markdown(workspace: Workspace, seeds: Sequence[int], command: str) 
         "**Rule.** Each seed gives one difference between the two policies that a claim compares, with the same "
         "sampling noise for both. The claim holds, or the opposite was measured, if Student's t interval of "
         f"{CONFIDENCE:.0%} over seeds leaves zero out ({certain_from(len(seeds)):.1f} standard errors for {len(seeds)} "
-        f"seeds). A difference of more than {LEANING:g} standard errors leans one way; what is smaller does not show. "
+        f"seeds). Otherwise it is not measurable with these seeds: a difference of more than {LEANING:g} standard "
+        "errors leans one way, a smaller one is within the noise. "
         "Among so many claims one or two cross a border by chance: read the numbers, not only the verdict.",
         "",
         "FID, sFID, Inception Score, precision and recall are computed on the features of the toy CLIP, which is one "
@@ -153,6 +154,25 @@ def figure_png(workspace: Workspace, figure: Curves, seeds: Sequence[int]) -> tu
     if not data:
         raise ValueError("nothing of this figure was measured yet")
     return _draw(data), data
+
+
+def curves_markdown(data: dict[str, Any]) -> str:
+    """What `figure_png` gives as tables: a panel each, its lines at the ends and the quarters of the run."""
+    lines = []
+    for panel, by_label in data.items():
+        last = max(step for points in by_label.values() for step, _, _ in points)
+        steps = sorted({step for points in by_label.values() for step in _nearest_quarters(points, last)})
+        lines += [
+            f"**{panel}**",
+            "",
+            _row(["", *(f"step {step:g}" for step in steps), "printed"]),
+            _row(["---", *("---:" for _ in steps), "---:"]),
+        ]
+        for label, points in by_label.items():
+            found = {step: f"{mean:.3f} ± {error:.3f}" for step, mean, error in points}
+            lines.append(_row([label, *(found.get(step, "") for step in steps), NOT_AT_HAND]))
+        lines.append("")
+    return "\n".join(lines)
 
 
 def samples_png(workspace: Workspace, figure: Samples, seed: int, path: Path) -> Path:
@@ -219,22 +239,18 @@ def _our_cells(
 
 def _in_short(findings: Sequence[Finding]) -> str:
     """One sentence that counts the verdicts."""
-    counted = {
-        "holds": HOLDS,
-        "leans that way": LEANS,
-        "does not show": NOISE,
-        "leans the other way": LEANS_AWAY,
-        "is contradicted": OPPOSITE,
-        "is not measurable here": NOT_MEASURABLE,
-        "is not measured yet": NOT_MEASURED,
-    }
-    parts = []
-    for words, verdict in counted.items():
-        number = sum(finding.verdict == verdict for finding in findings)
-        first, _, rest = words.partition(" ")
-        plural = {"is": "are", "does": "do"}.get(first, first.removesuffix("s"))
-        parts.append(f"{number} {words if number == 1 else f'{plural} {rest}'.strip()}")
-    return f"In short: of {len(findings)} claims {', '.join(parts)}."
+
+    def count(verdict: str) -> int:
+        return sum(finding.verdict == verdict for finding in findings)
+
+    noisy = [count(verdict) for verdict in (LEANS, LEANS_AWAY, NOISE)]
+    short = (
+        f"In short, of {len(findings)} claims: holds {count(HOLDS)}; does not hold, the opposite was measured "
+        f"{count(OPPOSITE)}; not measurable with these seeds {sum(noisy)}, of which {noisy[0]} lean that way, "
+        f"{noisy[1]} the other way and {noisy[2]} are within the noise; not measurable in the toy world "
+        f"{count(NOT_MEASURABLE)}"
+    )
+    return f"{short}; not measured yet {count(NOT_MEASURED)}." if count(NOT_MEASURED) else f"{short}."
 
 
 def _finding_row(found: Finding, num_seeds: int) -> str:
@@ -271,6 +287,12 @@ def _lines_of(
                 points.append((float(step_of(runs[0], Point(name, quarter))), fmean(values), _error(values)))
         lines[METRICS[metric].title] = points
     return lines
+
+
+def _nearest_quarters(points: Sequence[tuple[float, float, float]], last: float) -> list[float]:
+    """The steps of a line that lie nearest to 0, 1/4 ... 1 of `last`."""
+    steps = [step for step, _, _ in points]
+    return [min(steps, key=lambda step: abs(step - last * quarter / QUARTERS)) for quarter in range(QUARTERS + 1)]
 
 
 def _error(values: Sequence[float]) -> float:

@@ -16,9 +16,10 @@ CONFIDENCE = 0.95  # of Student's t interval, which has to lie on one side of ze
 LEANING = 2.0  # standard errors from which on a difference is said to lean one way
 
 HOLDS, OPPOSITE = "holds", "does not hold: the opposite was measured"
-LEANS, LEANS_AWAY = "leans that way, not certain", "leans the other way, not certain"
-NOISE = "does not show: within the noise"
 NOT_MEASURABLE = "not measurable in the toy world"
+_TOO_NOISY = "not measurable with these seeds"
+LEANS, LEANS_AWAY = f"{_TOO_NOISY}: leans that way", f"{_TOO_NOISY}: leans the other way"
+NOISE = f"{_TOO_NOISY}: within the noise"
 NOT_MEASURED = "not measured yet"
 
 

@@ -38,10 +38,12 @@ logger = logging.getLogger(__name__)
 
 LOG_ENTRIES = 10  # that a number of the training log is the mean of
 LOGGED = {"kl": "kl", "train_reward": "reward"}  # metric -> scalar of the training log
+STATE = "trainer_state.json"
 RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")  # useless once a run is finished
 GENEVAL_PROMPTS = {"toy": "toy/geneval_metadata.jsonl", "full": "data/geneval/evaluation_metadata.jsonl"}
-# Judges of toy samples; the question for realism expects one object, and CLIP and HPSv2 learned from single objects.
-TOY_JUDGES = {"c2i": ("clip", "hpsv2", "qwen_label", "qwen_fake", "qwen_weird"), "t2i": ("clip", "hpsv2", "qwen_label")}
+# Judges of toy captions' samples; the question for realism expects one object, and CLIP and HPSv2 learned from such.
+TOY_T2I_JUDGES = ("clip", "hpsv2", "qwen_label")
+TOY_FEATURES = "toy/weights/clip"  # what FID compares by
 TOY_REFERENCE = {"num": 2000, "seed": 10_000}  # drawn pictures that samples are compared with
 
 
@@ -69,7 +71,7 @@ SCALES = {
             "c2i": ("--num_per_class", "48", "--batch_size", "64", "--output_size", "32"),  # 1,152 pictures
             "t2i": ("--num_per_prompt", "4", "--prompts_at_once", "16", "--batch_size", "64"),  # 576
         },
-        fid=("--features", "toy/weights/clip", "--class_names", "toy/class_names.txt"),
+        fid=("--features", TOY_FEATURES, "--class_names", "toy/class_names.txt"),
         entropy={
             "c2i": ("--num_conditions", "24", "--num_per_condition", "8", "--batch_size", "64"),
             "t2i": ("--num_conditions", "144", "--num_per_condition", "2", "--batch_size", "96"),
@@ -155,37 +157,42 @@ class Workspace:
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def steps_done(self, run: Run) -> int:
-        """Steps that a finished run made, or that an unfinished one can be resumed at.
-
-        Raises:
-            ValueError: if the folder holds a run with other settings; names the difference.
-        """
+    def other_settings(self, run: Run) -> str | None:
+        """What is wrong if the folder of a run holds one with other settings; names the difference."""
         folder = self.folder(run)
         if not (folder / "experiment.json").is_file():
-            return 0
+            return None
         try:
             check_same_settings(json.loads((folder / "experiment.json").read_text()), self._trained_with(run), folder)
         except ValueError as error:
-            raise ValueError(str(error).replace("write to another --output", "choose another --runs")) from error
-        states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-        return max((json.loads(state.read_text())["global_step"] for state in states if state.is_file()), default=0)
+            return str(error).replace("write to another --output", "choose another --runs")
+        return None
+
+    def steps_done(self, run: Run) -> int:
+        """Steps that a finished run made, or that an unfinished one can be resumed at; 0 if it has other settings."""
+        if not (self.folder(run) / "experiment.json").is_file() or self.other_settings(run):
+            return 0
+        return max(self._states(run).values(), default=0)
 
     def is_trained(self, run: Run) -> bool:
         """Whether a run is at its end, and has saved it."""
-        state = self.folder(run) / "trainer_state.json"
-        return self.steps_done(run) >= run.steps and state.is_file() and self._step_in(state) >= run.steps
+        return self.steps_done(run) >= run.steps and self._states(run).get(self.folder(run), 0) >= run.steps
 
     def train(self, run: Run) -> None:
         """Train a run, or what is left of it.
 
         Raises:
-            StageFailed: if training failed or was stopped.
+            StageFailed: if training failed or was stopped, or the folder holds a run with other settings.
         """
         if self.is_trained(run):
             return
+        if problem := self.other_settings(run):
+            raise StageFailed(problem)
         folder = self.folder(run)
-        resumed = any(folder.glob("checkpoint-*"))
+        resumed = bool(self._states(run))
+        if not resumed:  # what a kill while the first one was written left
+            for cut_off in folder.glob("checkpoint-*"):
+                shutil.rmtree(cut_off)
         config = folder / "config.yaml"
         settings = {key: value for key, value in run.settings.items() if value is not None}
         write_json(folder / "experiment.json", self._trained_with(run))
@@ -197,7 +204,12 @@ class Workspace:
         )
         if self.judge_url and run.settings.get("qwen_mode") == "server":
             script += ["--qwen_url", self.judge_url]
-        self.call([*script, *(["--resume_from_checkpoint", "last"] if resumed else [])], folder)
+        started = time.monotonic()
+        try:
+            self.call([*script, *(["--resume_from_checkpoint", "last"] if resumed else [])], folder)
+        finally:
+            seconds = self.seconds_trained(run) + time.monotonic() - started
+            write_json(folder / "seconds.json", {"training": seconds})
         if not self.is_trained(run):
             raise StageFailed(f"{folder} was stopped at step {self.steps_done(run)} of {run.steps}: start again")
         for pattern in RESUME_FILES:
@@ -206,13 +218,14 @@ class Workspace:
 
     def log(self, run: Run) -> list[dict]:
         """Log entries of a run, as far as it got."""
-        states = [self.folder(run) / "trainer_state.json", *self.folder(run).glob("checkpoint-*/trainer_state.json")]
-        longest = max((state for state in states if state.is_file()), key=self._step_in, default=None)
-        return json.loads(longest.read_text())["log_history"] if longest else []
+        states = self._states(run)
+        longest = max(states, key=states.get, default=None)
+        return json.loads((longest / STATE).read_text())["log_history"] if longest else []
 
     def seconds_trained(self, run: Run) -> float:
         """Wall time of a run's training, as far as it got; all of its starts together."""
-        return sum(entry.get("train_runtime", 0.0) for entry in self.log(run))
+        record = self.folder(run) / "seconds.json"
+        return json.loads(record.read_text())["training"] if record.is_file() else 0.0
 
     # ------------------------------------------------------------------------------------------------ measuring
 
@@ -351,7 +364,7 @@ class Workspace:
         return [str(model), self.devices, step, f"{point.guidance:g}", *common]
 
     def _trained_with(self, run: Run) -> dict:
-        return {**run.settings, "policy_sha256": _fingerprint(Path(run.policy))}
+        return {**run.settings, "policy_sha256": _fingerprint(Path(run.policy)), **_weights_of(run.settings)}
 
     def _settings(self, run: Run, point: Point, group: str) -> dict:
         """What the numbers of a group depend on."""
@@ -364,6 +377,7 @@ class Workspace:
         }
         if run.task == "t2i":
             settings["text"] = text_options(run.settings)
+            settings |= _weights_of({"text_encoder": run.settings.get("text_encoder")})
             prompts = Path(GENEVAL_PROMPTS[self.scale.name])
             if group == "drawbench" and self.scale.name == "full":
                 prompts = Path(DRAWBENCH)
@@ -375,8 +389,11 @@ class Workspace:
             settings["options"] = list(self.scale.fid)
             toy = self.scale.name == "toy"
             settings["reference"] = TOY_REFERENCE if toy else _fingerprint(self.reference)
+            settings["features_sha256"] = _fingerprint(Path(TOY_FEATURES)) if toy else ""
         if group in ("toy", "drawbench") and self.scale.name == "toy":
-            settings["judges"] = list(TOY_JUDGES[run.task])
+            judging = load_config(TOY_CONFIGS["c2i"])
+            settings["judges"] = judging["reward_funcs"] if run.task == "c2i" else [*TOY_T2I_JUDGES]
+            settings |= _weights_of({name: judging.get(name) for name in ("clip_model", "hpsv2_weights")})
         return settings
 
     def _logged(self, run: Run, point: Point) -> dict[str, float]:
@@ -395,9 +412,13 @@ class Workspace:
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         write_json(started, settings)
 
-    @staticmethod
-    def _step_in(state: Path) -> int:
-        return json.loads(state.read_text())["global_step"]
+    def _states(self, run: Run) -> dict[Path, int]:
+        """The run's folder and its whole checkpoints -> the step that they are at."""
+        found = {}
+        for folder in (self.folder(run), *self.folder(run).glob("checkpoint-*")):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or cut off while it was written
+                found[folder] = json.loads((folder / STATE).read_text())["global_step"]
+        return found
 
 
 def step_of(run: Run, point: Point) -> int:
@@ -503,7 +524,7 @@ def _measure_geneval(workspace: Workspace, run: Run, point: Point, folder: Path)
 def _measure_drawbench(workspace: Workspace, run: Run, point: Point, folder: Path) -> dict[str, float]:
     if workspace.scale.name == "toy":  # the same pictures as for GenEval, by the toy world's judges
         images = workspace.samples(run, point)
-        command = [sys.executable, "test_t2i_rewards.py", images, "--metrics", *TOY_JUDGES["t2i"]]
+        command = [sys.executable, "test_t2i_rewards.py", images, "--metrics", *TOY_T2I_JUDGES]
         workspace.call([*command, *judge_options(load_config(TOY_CONFIGS["c2i"]), workspace.judge_url)], folder)
     else:
         images = folder / "drawbench"
@@ -534,6 +555,13 @@ GROUPS = {  # group -> function that measures it, cheap and revealing ones first
 }
 
 _fingerprints: dict[tuple, str] = {}
+
+
+def _weights_of(settings: Mapping) -> dict[str, str]:
+    """Fingerprints of the files that a configuration names beside its policy; those of the hub have none."""
+    named = {name: settings.get(name) for name in ("vq_path", "text_encoder", "clip_model", "hpsv2_weights")}
+    paths = {name: Path(path) for name, path in named.items() if path and Path(path).exists()}
+    return {f"{name}_sha256": _fingerprint(path) for name, path in paths.items()}
 
 
 def _fingerprint(path: Path) -> str:

@@ -21,7 +21,7 @@ from benchmark.archives import ImageArchive
 from benchmark.files import write_json
 from benchmark.geneval.evaluate import find_samples
 from dataset.labels import class_caption
-from img_gen_grpo_rewards import RewardArguments, RewardSuite, build_rewards
+from img_gen_grpo_rewards import RewardArguments, build_rewards
 from toy import checker, world
 
 BATCH = 128
@@ -68,17 +68,9 @@ def class_scores(archive: Path, settings: dict) -> dict[str, float]:
         right += checker.check_class(pictures.numpy(), rows).tolist()
         for name, scores in rewards.score(pictures, [class_caption(world.CLASS_NAMES[row]) for row in rows]).items():
             raw.setdefault(name, []).extend(scores)
-    return {"truth": fmean(right), "reward": mean_reward(rewards, raw)} | {
+    return {"truth": fmean(right), "reward": fmean(rewards.totals(raw))} | {
         f"judge_{name}": fmean(score for score in scores if score is not None) for name, scores in raw.items()
     }
-
-
-def mean_reward(rewards: RewardSuite, raw: dict[str, list[float | None]]) -> float:
-    """Mean total reward: each function's mean over the samples that its judge answered, times its weight."""
-    return sum(
-        weight * fmean(function.transform(score) for score in raw[function.scorer.name] if score is not None)
-        for function, weight in zip(rewards, rewards.weights, strict=True)
-    )
 
 
 def task_scores(folder: Path) -> dict[str, float]:

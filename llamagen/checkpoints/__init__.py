@@ -63,7 +63,8 @@ USAGE_WINDOW = 65536  # length of `quantize.codebook_used`, in which official to
 _TOKENIZER_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 _WEB_PAGE_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _NAMES_SHOWN = 3
-_RELEASED_NAME = re.compile(r"(?P<task>c2i|t2i)_(?P<size>B|L|XL|XXL|3B)(_stage\d)?_(?P<image_size>\d+)")
+# in the names of released files, and of what is made from them
+RELEASED_NAME = re.compile(r"(?P<task>c2i|t2i)_(?P<size>B|L|XL|XXL|3B)_(?:stage\d_)?(?P<image_size>256|384|512)")
 
 
 def read_official(source: Source) -> dict[str, Tensor]:
@@ -216,7 +217,7 @@ def check_resolution(source: Source, image_token_num: int) -> None:
     released = {(size // DOWNSAMPLE_FACTOR) ** 2: size for size in IMAGE_SIZES}
     if isinstance(source, Mapping) or image_token_num not in released:
         return
-    match = _RELEASED_NAME.fullmatch(Path(source).stem)
+    match = RELEASED_NAME.search(Path(source).stem)
     if match and int(match["image_size"]) != released[image_token_num]:
         raise ValueError(
             f"{Path(source).name} was trained at {match['image_size']} pixels, but the configuration has "
