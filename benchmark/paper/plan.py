@@ -125,7 +125,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "c2i",
         "c2i_L_384",
         toy_changes=_toy_policy("gpt_mini"),
-        toy_note="a policy of 1.4 million parameters at 32 px, where B has 0.9",
+        toy_note="a policy of 1.5 million parameters at 32 px, where B has 0.9",
     ),
     "c2i_XL_384": Experiment(
         "c2i",
