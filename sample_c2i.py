@@ -27,6 +27,7 @@ from benchmark.sampling import draw_class
 from dataset.labels import load_class_names
 from llamagen.devices import pick_device
 from llamagen.grids import labelled_grid, save_png
+from llamagen.pixels import images_of
 
 DEMO_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # of LlamaGen's own demo
 MAX_DEFAULT_CLASSES = len(DEMO_CLASSES)
@@ -61,7 +62,7 @@ def draw_sheet(options: argparse.Namespace) -> Path:
     labels = pick_classes(options.classes or default, num_classes)
     titles = _titles(labels, options.class_names, num_classes)
     images = [
-        raw.add(1).mul(0.5).clamp(0, 1).cpu()
+        images_of(raw).cpu()
         for label in labels
         for raw in draw_class(policy, vq, label, options.num_per_class, options.seed, settings)
     ]

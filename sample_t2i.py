@@ -25,6 +25,7 @@ from benchmark.sample_classes import (
 from benchmark.sampling import draw_captions
 from llamagen.devices import pick_device
 from llamagen.grids import labelled_grid, save_png
+from llamagen.pixels import images_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +55,7 @@ def draw_sheet(options: argparse.Namespace) -> Path:
     settings = read_draw_settings(options, device)
     models = load_models(options, device)
     images = [
-        raw.add(1).mul(0.5).clamp(0, 1).cpu()
+        images_of(raw).cpu()
         for caption in options.captions
         for raw in draw_captions(
             models.policy,

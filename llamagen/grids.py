@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from llamagen.pixels import images_to_pil
 
 MARGIN = 4  # pixels between images
 MIN_TILE = 96  # smaller images are enlarged by a whole factor, so that their pixels stay squares
@@ -38,24 +39,18 @@ def labelled_grid(images: Tensor, row_titles: list[str], captions: list[str] | N
     row_height = line + MARGIN + height + caption_height + MARGIN
     canvas = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(row_titles) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, image in enumerate(images):
+    for number, picture in enumerate(images_to_pil(images)):
         row, column = divmod(number, columns)
         left, top = MARGIN + column * (width + MARGIN), MARGIN + row * row_height
         if column == 0:
             draw.text((left, top), _shortened(row_titles[row], font, canvas.width - 2 * MARGIN), "black", font)
         top += line + MARGIN
-        canvas.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
         if captions is not None:
             for offset, text in enumerate(captions[number].split("\n")):
                 where = (left, top + height + offset * line)
                 draw.text(where, _shortened(text, font, width), "dimgray", font)
     return canvas
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W], float in [0, 1] -> an 8-bit picture, rounded to the nearest level."""
-    levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
 def save_png(picture: Image.Image, path: str | Path) -> Path:

@@ -20,6 +20,11 @@ DEMO_COLUMNS = 4
 DEMO_BORDER = 2
 
 
+def images_of(raw: Tensor) -> Tensor:
+    """clamp((x + 1) / 2, 0, 1), float32 of the same shape: images of raw pixels."""
+    return raw.float().add(1).mul_(0.5).clamp_(0, 1)
+
+
 def bytes_for_fid(raw: Tensor) -> Tensor:
     """trunc(clamp(127.5 x + 128, 0, 255)), uint8 of the same shape: LlamaGen's FID samples, text benchmark and app."""
     return (127.5 * raw.float() + 128).clamp(0, 255).to(torch.uint8)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen import checkpoints
+from llamagen.pixels import images_of
 
 # Legend: B images, C channels, E codebook_embed_dim, V codebook_size, H x W pixels, h x w grid of codes, T = h * w.
 # Code t sits in row t // w, column t % w of the grid.
@@ -226,7 +227,7 @@ class VQModel(nn.Module):
         Raises:
             ValueError: for ids that are no integers, outside the codebook, or do not fill the grid.
         """
-        return self.decode_raw(ids, grid_size, batch_size).add_(1).mul_(0.5).clamp_(0, 1)
+        return images_of(self.decode_raw(ids, grid_size, batch_size))
 
     @torch.no_grad()
     def decode_raw(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmark.files import write_bytes
 from benchmark.geneval.scoring import RELATIONS, TASKS, relative_position
 from toy.world import (
     COLOURS,
@@ -116,9 +117,7 @@ def prompt_rows(prompts: Mapping[str, Sequence[dict]], seed: int, rows_per_task:
 
 def write_prompts(path: Path, rows: Sequence[dict]) -> None:
     """Write prompts as GenEval publishes its own: a JSON object on every line."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def random_prompts(count: int, rng: np.random.Generator) -> list[dict]:

@@ -266,9 +266,9 @@ class PicturePool:
             vq.decode(spoil_codes(codes, rng)[: size // 3]).numpy(),
             spoilt[: size // 3],
         ]
-        self.right = torch.cat([_to_bytes(images) for images in right])  # [2 size, 3, S, S]
+        self.right = torch.cat([measure.to_bytes(images) for images in right])  # [2 size, 3, S, S]
         self.labels = torch.from_numpy(np.tile(labels, 2))
-        self.spoilt = torch.cat([_to_bytes(images) for images in wrong])  # [5 size / 3, 3, S, S]
+        self.spoilt = torch.cat([measure.to_bytes(images) for images in wrong])  # [5 size / 3, 3, S, S]
 
     def batch(self, num_right: int, num_spoilt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Right pictures, their labels, spoilt pictures; floats in [0, 1], mirrored at random."""
@@ -282,7 +282,3 @@ class PicturePool:
         if self.rng.random() < 0.5:
             images = images.transpose(-1, -2)
         return images.float() / 255
-
-
-def _to_bytes(images: np.ndarray) -> Tensor:
-    return (torch.from_numpy(images) * 255).round().to(torch.uint8)

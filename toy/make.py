@@ -519,10 +519,12 @@ def write_reference(path: Path, num: int, seed: int) -> None:
     """Write drawn pictures as FID's programs read them: arr_0, uint8 [num, S, S, 3], and their labels as arr_1."""
     images, labels = world.draw_random_classes(num, np.random.default_rng([seed, 3]))
     pixels = (images * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    partial = path.with_name(f".{path.name}.partial.npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(partial, arr_0=pixels, arr_1=labels)
-    partial.replace(path)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez(file, arr_0=pixels, arr_1=labels)
+
+    checkpoints.write_atomically(path, write)
 
 
 def write_prompts(folder: Path, seed: int) -> None:

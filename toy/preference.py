@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from dataset.labels import class_caption
 from llamagen import checkpoints
 from reward_utils.hpsv2 import HPSv2Network, HPSv2Scorer, quiet_open_clip
 from toy import clip, measure, world
@@ -109,7 +110,7 @@ def measure_preference(
 ) -> dict[str, float]:
     """Shares of `num` fresh pairs, drawn and decoded from their codes, in which the drawing scores above the other."""
     better, worse, labels, kinds = draw_pairs(num, np.random.default_rng(seed))
-    prompts = [measure.PROMPT.format(world.CLASS_NAMES[label]) for label in labels]
+    prompts = [class_caption(world.CLASS_NAMES[label]) for label in labels]
 
     def prefers(first: Tensor, second: Tensor) -> np.ndarray:
         return np.array(scorer(first, prompts)) > np.array(scorer(second, prompts))
@@ -213,7 +214,9 @@ def _train(folder: Path, seed: int, vq: VQModel) -> None:
     with tqdm(range(STEPS), desc="training hpsv2", unit="step") as bar:
         for _ in bar:
             better, worse, labels = pool.batch(BATCH)
-            image_emb = F.normalize(model.encode_image(_normalised(torch.cat([better, worse]))), dim=-1)  # [2 B, E]
+            image_emb = F.normalize(
+                model.encode_image(measure.clip_pixels(torch.cat([better, worse]))), dim=-1
+            )  # [2 B, E]
             text_emb = F.normalize(model.encode_text(tokenizer(clip.random_prompts(rng))), dim=-1)  # [C, E]
             better_emb, worse_emb = image_emb.chunk(2)  # [B, E] each
             loss = preference_loss(better_emb, worse_emb, text_emb[labels])
@@ -240,7 +243,7 @@ class PairPool:
         decoded_spoilt = vq.decode(measure.encode(vq, spoilt[:num_decoded])).numpy()
         broken = vq.decode(clip.spoil_codes(codes, rng)).numpy()
         sources = ((drawings, spoilt), (decoded, decoded_spoilt), (decoded, broken))
-        self.sources = [(_to_bytes(better), _to_bytes(worse)) for better, worse in sources]
+        self.sources = [(measure.to_bytes(better), measure.to_bytes(worse)) for better, worse in sources]
         self.labels = torch.from_numpy(labels)
 
     def batch(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,11 +273,6 @@ def _rate_factor(step: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / STEPS)) / 2
 
 
-def _normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (measure.CLIP_MEAN, measure.CLIP_STD))
-    return (images - mean) / std
-
-
 def _hue_turn(angle: float) -> np.ndarray:
     """Rotation [3, 3] of RGB around the grey axis (Rodrigues)."""
     axis = np.full(3, 1 / math.sqrt(3))
@@ -284,7 +282,3 @@ def _hue_turn(angle: float) -> np.ndarray:
 
 def _other_than(name: str, names: dict, rng: np.random.Generator) -> str:
     return str(rng.choice([other for other in names if other != name]))
-
-
-def _to_bytes(images: np.ndarray) -> Tensor:
-    return (torch.from_numpy(images) * 255).round().to(torch.uint8)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from benchmark.clusters import Estimate, cluster_means, estimate, estimate_text, paired_change
 from benchmark.drawbench.metrics import metric_of
-from benchmark.files import write_json
+from benchmark.files import write_bytes, write_json
 from benchmark.geneval.detections import file_digest, read_json_lines
 from benchmark.geneval.evaluate import check_picture, pictures_of, prompt_folders
 from benchmark.sample_captions import METADATA_NAME, RECORD_NAME
@@ -139,9 +138,7 @@ class ScoreFiles:
         path = self._own_file(metric)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_bytes(content[: content.rfind(b"\n") + 1])
-            partial.replace(path)
+            write_bytes(path, content[: content.rfind(b"\n") + 1])
 
     def _own_file(self, metric: str) -> Path:
         return self.folder / f"{metric}-{self.rank}.jsonl"
