@@ -64,7 +64,6 @@ REPLAY_HOOK = ("self", "model", "input_ids", "attention_mask", "logits_to_keep",
 FIXED_OPTIONS = {
     "cache_implementation": None,
     "generation_kwargs": None,
-    "max_completion_length": GRPOConfig.__dataclass_fields__["max_completion_length"].default,
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
     "mask_truncated_completions": False,
@@ -208,12 +207,12 @@ class ImgGenGRPOTrainer(GRPOTrainer):
     advantage is (r - mean) / (std + 1e-4) with the sample standard deviation of the group.
 
     A prompt is a class id or a caption; its completion is always T codes, without an end token. Overrides:
-    `_generate_single_turn` samples under guidance; `_generate` keeps the decoded images for the rewards and drops
-    conditions; `_prepare_inputs` puts rollouts of one caption into one batch of the update;
-    `_calculate_rewards` times them, fills what failed and ends all processes together;
-    `_get_per_token_logps_and_entropies` scores the guided or the conditional policy; `_compute_loss`, `training_step`
-    and `log` add metrics; `_save_checkpoint` and `_load_optimizer_and_scheduler` keep rollouts that a checkpoint was
-    taken in the middle of.
+    `create_accelerator_and_postprocess` keeps FSDP2 from casting what modules give; `_generate_single_turn` samples
+    under guidance; `_generate` keeps the decoded images for the rewards and drops conditions; `_prepare_inputs` puts
+    rollouts of one caption into one batch of the update; `_calculate_rewards` times them, fills what failed and ends
+    all processes together; `_get_per_token_logps_and_entropies` scores the guided or the conditional policy;
+    `_compute_loss`, `training_step` and `log` add metrics; `_save_checkpoint` and `_load_optimizer_and_scheduler` keep
+    rollouts that a checkpoint was taken in the middle of, and a reference policy that moves.
 
     Args:
         model: a `LlamaGenForCausalLM` loaded from a folder (the reference policy is loaded from the same folder), or
@@ -230,7 +229,10 @@ class ImgGenGRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs, args: ImgGenGRPOConfig, train_dataset, processing_class, **kwargs):
         self._reward_suite = reward_funcs if isinstance(reward_funcs, RewardSuite) else None
-        args.max_completion_length = processing_class.config.image_token_num
+        T = processing_class.config.image_token_num
+        if (given := args.max_completion_length) not in (GRPOConfig.max_completion_length, T):
+            raise ValueError(f"max_completion_length={given}: an image always has {T} codes, leave it out")
+        args.max_completion_length = T
         super().__init__(
             model=model,
             reward_funcs=list(reward_funcs),

@@ -553,6 +553,9 @@ def test_settings_that_would_mislead_are_refused(tmp_path):
     with pytest.raises(ValueError, match="image_grid_prompts=0: at least 1; image_grid_steps 0 draws none"):
         config(image_grid_prompts=0)
     assert config(off_policy_mask_threshold=0.1, image_grid_prompts=0, image_grid_steps=0)
+    with pytest.raises(ValueError, match="max_completion_length=64: an image always has 16 codes"):
+        make_trainer(tmp_path, max_completion_length=64)
+    make_trainer(tmp_path, max_completion_length=16)
 
 
 @pytest.mark.parametrize(
@@ -562,7 +565,6 @@ def test_settings_that_would_mislead_are_refused(tmp_path):
         {"mask_truncated_completions": True},
         {"min_p": 0.1},
         {"generation_kwargs": {"top_k": 1}},
-        {"max_completion_length": 64},
     ],
 )
 def test_options_that_mean_nothing_for_images_are_refused(tmp_path, option):
