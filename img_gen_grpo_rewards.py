@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamagen.devices import whole_weights
 from reward_utils.arguments import ScorerArguments
 from reward_utils.images import ImageMemo, check_images
 from reward_utils.registry import SCORERS, build_scorers, unknown_name
@@ -218,8 +219,9 @@ class RewardSuite(list):
         """Load all weights, to host memory with `reward_offload`, else to their device."""
         if self.arguments.reward_offload:
             self.offload()
-        for scorer in self.scorers.values():
-            scorer.load()
+        with whole_weights():
+            for scorer in self.scorers.values():
+                scorer.load()
 
     def offload(self) -> None:
         """Move the local judges to host memory."""

@@ -141,11 +141,7 @@ class Network(ABC):
     def load(self) -> None:
         if self._module is None:
             self.check()
-            from llamagen.devices import whole_weights
-
-            with whole_weights():
-                module = self.build()
-            self._module = module.eval().requires_grad_(False).to(self.device)
+            self._module = self.build().eval().requires_grad_(False).to(self.device)
 
     def to(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
