@@ -54,8 +54,9 @@ class Printed:
     sources: dict[str, str]
 
     def text(self, table: int, label: str, metric: str) -> str:
-        """A printed number as it stands there, or that it is not at hand."""
-        return str(self.tables.get(table, {}).get(label, {}).get(metric, NOT_AT_HAND))
+        """A printed number as it stands there, or that it is not at hand; nothing for what only the toy world has."""
+        absent = "" if METRICS[metric].only == "toy" else NOT_AT_HAND
+        return str(self.tables.get(table, {}).get(label, {}).get(metric, absent))
 
 
 def load_printed(path: Path = PRINTED) -> Printed:
@@ -77,7 +78,7 @@ def load_printed(path: Path = PRINTED) -> Printed:
 def table_markdown(
     workspace: Workspace, number: int, table: Table, seeds: Sequence[int], printed: Printed, command: str
 ) -> str:
-    """A table: two lines for each row, ours and the printed ones."""
+    """A table: a line of ours for each row, and below it one of the printed numbers if there are any."""
     columns = columns_of(table, workspace.scale.name)
     lines = [
         f"# Table {number}: {table.title}",
@@ -91,11 +92,14 @@ def table_markdown(
     for row in table.rows:
         cells = _our_cells(workspace, table, row, columns, seeds, notes)
         lines.append(_row([row.label, "ours", *cells]))
-        lines.append(_row(["", "printed", *(printed.text(number, row.label, name) for name in columns)]))
+        if row.label in printed.tables.get(number, {}):
+            lines.append(_row(["", "printed", *(printed.text(number, row.label, name) for name in columns)]))
     sources = sorted({row["source"] for row in printed.tables.get(number, {}).values()})
     lines += ["", *(f"- {note}" for note in dict.fromkeys(notes))]
     lines += [f"- printed: {printed.sources[source].strip()}" for source in sources]
-    lines += [f"- {NOT_AT_HAND}: benchmark/paper/printed.yaml is where printed numbers go"]
+    lines += [
+        f"- printed numbers that are {NOT_AT_HAND}, of whole rows or single ones, go into benchmark/paper/printed.yaml"
+    ]
     jobs, _ = jobs_of(needs_of(table, workspace.scale.name), workspace.scale.name, seeds)
     lines += [f"- took {spent_in_words(workspace, jobs)}"]
     return "\n".join(lines) + "\n"
@@ -165,14 +169,14 @@ def curves_markdown(data: dict[str, Any]) -> str:
         lines += [
             f"**{panel}**",
             "",
-            _row(["", *(f"step {step:g}" for step in steps), "printed"]),
-            _row(["---", *("---:" for _ in steps), "---:"]),
+            _row(["", *(f"step {step:g}" for step in steps)]),
+            _row(["---", *("---:" for _ in steps)]),
         ]
         for label, points in by_label.items():
             found = {step: f"{mean:.3f} ± {error:.3f}" for step, mean, error in points}
-            lines.append(_row([label, *(found.get(step, "") for step in steps), NOT_AT_HAND]))
+            lines.append(_row([label, *(found.get(step, "") for step in steps)]))
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"The printed curves' numbers are {NOT_AT_HAND}.\n"])
 
 
 def samples_png(workspace: Workspace, figure: Samples, seed: int, path: Path) -> Path:
