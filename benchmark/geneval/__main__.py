@@ -61,6 +61,11 @@ def _detector(args: argparse.Namespace) -> tuple[Callable[[], Detector], dict[st
     return load, {"detector": args.detector, "object_names": file_digest(args.object_names)}
 
 
+def _spelled(name: str) -> tuple[str, str]:
+    """An option as the benchmark spells its own, and as the other commands of this project do."""
+    return f"--{name}", f"--{name.replace('-', '_')}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmark.geneval", description=__doc__)
     parser.add_argument("images", type=Path, help="folder with 00000/metadata.jsonl, 00000/samples/0000.png, ...")
@@ -68,19 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--detector", default=DETECTOR, help="a Mask2Former: folder or hub name (%(default)s)")
     parser.add_argument("--detections", type=Path, help="use these detections instead: a file of export_mmdet.py")
     parser.add_argument(
-        "--object-names",
+        *_spelled("object-names"),
         type=Path,
         default=OBJECT_NAMES,
         help="the benchmark's object names in the order of the detector's classes (%(default)s)",
     )
-    parser.add_argument("--color-model", default=COLOR_MODEL, help="open_clip architecture (%(default)s)")
-    parser.add_argument("--color-weights", default=COLOR_WEIGHTS, help="its weights, a tag or a file (%(default)s)")
+    parser.add_argument(*_spelled("color-model"), default=COLOR_MODEL, help="open_clip architecture (%(default)s)")
+    parser.add_argument(
+        *_spelled("color-weights"), default=COLOR_WEIGHTS, help="its weights, a tag or a file (%(default)s)"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; a GPU if there is one, by default")
-    parser.add_argument("--batch-size", type=int, default=4, help="images a pass of the detector (%(default)s)")
+    parser.add_argument(
+        *_spelled("batch-size"), type=int, default=4, help="images a pass of the detector (%(default)s)"
+    )
     for field in fields(ScoringOptions):
         kind = int if field.name == "max_objects" else float
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, default=field.default, help="benchmark's rule: %(default)s")
+        flags = _spelled(field.name.replace("_", "-"))
+        parser.add_argument(*flags, type=kind, default=field.default, help="benchmark's rule: %(default)s")
     return parser
 
 

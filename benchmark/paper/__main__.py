@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--findings", action="store_true", help=f"{FINDINGS}: the paper's claims in the toy world")
     parser.add_argument("--scale", choices=sorted(SCALES), default="toy", help="(toy)")
     parser.add_argument("--seeds", type=int, help="runs of each experiment, seeds 1 to N (3 in the toy world, else 1)")
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be done, and its cost")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="only print what would be done, and its cost"
+    )
     parser.add_argument("--write_only", action="store_true", help="run nothing, write down what is there")
     parser.add_argument("--runs", type=Path, default=Path("runs/paper"), help="folder of everything (runs/paper)")
     parser.add_argument(
