@@ -61,9 +61,9 @@ def _detector(args: argparse.Namespace) -> tuple[Callable[[], Detector], dict[st
     return load, {"detector": args.detector, "object_names": file_digest(args.object_names)}
 
 
-def _spelled(name: str) -> tuple[str, str]:
+def _spelled(name: str) -> list[str]:
     """An option as the benchmark spells its own, and as the other commands of this project do."""
-    return f"--{name}", f"--{name.replace('-', '_')}"
+    return [f"--{spelling}" for spelling in dict.fromkeys((name, name.replace("-", "_")))]
 
 
 def _parser() -> argparse.ArgumentParser:
