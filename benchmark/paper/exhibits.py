@@ -243,6 +243,7 @@ _MAIN, _START = Point("c2i_B_256"), Point("c2i_B_256", 0)
 _TEXT, _TEXT_START = Point("t2i_XL_256"), Point("t2i_XL_256", 0)
 _L, _L_START = Point("c2i_L_384"), Point("c2i_L_384", 0)
 _XL, _XL_START = Point("c2i_XL_384"), Point("c2i_XL_384", 0)
+_SECOND, _SECOND_START = Point("c2i_B_384"), Point("c2i_B_384", 0)
 _LATE, _USUAL = Point("c2i_long"), Point("c2i_long", 1)
 
 CLAIMS: dict[str, tuple[Claim, ...]] = {
@@ -251,6 +252,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("RL raises precision", "precision", 1, _MAIN, _START),
         Claim("RL lowers recall", "recall", -1, _MAIN, _START),
         Claim("RL makes FID slightly worse (higher)", "fid", 1, _MAIN, _START),
+        Claim("RL makes sFID worse (higher)", "sfid", 1, _MAIN, _START),
         Claim("Pictures get better: more of them show what was asked for", "truth", 1, _MAIN, _START),
         Claim("Entropy of the policy falls, conditional", "entropy_conditional", -1, _MAIN, _START),
         Claim("Entropy of the policy falls, guided", "entropy_guided", -1, _MAIN, _START),
@@ -304,13 +306,14 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("A larger policy (L) gains, too: truth", "truth", 1, _L, _L_START),
         Claim("The largest policy (XL) gains, too: Inception Score", "inception_score", 1, _XL, _XL_START),
         Claim("The largest policy (XL) gains, too: truth", "truth", 1, _XL, _XL_START),
-        Claim(
-            "A second resolution gains, too: Inception Score",
-            "inception_score",
-            1,
-            Point("c2i_B_384"),
-            Point("c2i_B_384", 0),
-        ),
+        Claim("A second resolution gains, too: Inception Score", "inception_score", 1, _SECOND, _SECOND_START),
+        Claim("A second resolution gains, too: truth", "truth", 1, _SECOND, _SECOND_START),
+        Claim("A larger policy (L) loses recall, too", "recall", -1, _L, _L_START),
+        Claim("The largest policy (XL) loses recall, too", "recall", -1, _XL, _XL_START),
+        Claim("A second resolution loses recall, too", "recall", -1, _SECOND, _SECOND_START),
+        Claim("A larger policy (L): sFID gets worse, too", "sfid", 1, _L, _L_START),
+        Claim("The largest policy (XL): sFID gets worse, too", "sfid", 1, _XL, _XL_START),
+        Claim("A second resolution: sFID gets worse, too", "sfid", 1, _SECOND, _SECOND_START),
         Claim("Text-to-image: GenEval rises", "geneval_overall", 1, _TEXT, _TEXT_START),
         Claim("Text-to-image: CLIP rises", "drawbench_clip", 1, _TEXT, _TEXT_START),
         Claim("Text-to-image: HPSv2 rises", "drawbench_hpsv2", 1, _TEXT, _TEXT_START),
