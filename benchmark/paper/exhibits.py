@@ -302,6 +302,8 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("Late training: fewer pictures are right", "truth", -1, _LATE, _USUAL),
         Claim("Late training: FID gets worse", "fid", 1, _LATE, _USUAL),
         Claim("Late training: recall falls", "recall", -1, _LATE, _USUAL),
+        Claim("Late training: recall is lower than before training", "recall", -1, _LATE, _START),
+        Claim("Late training: entropy is lower than before training", "entropy_guided", -1, _LATE, _START),
         Claim("A larger policy (L) gains, too: Inception Score", "inception_score", 1, _L, _L_START),
         Claim("A larger policy (L) gains, too: truth", "truth", 1, _L, _L_START),
         Claim("The largest policy (XL) gains, too: Inception Score", "inception_score", 1, _XL, _XL_START),
