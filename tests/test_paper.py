@@ -16,7 +16,7 @@ import test_t2i_rewards
 from benchmark import entropy, sample_captions, sample_classes
 from benchmark.clusters import Estimate, estimate
 from benchmark.paper import __main__ as paper
-from benchmark.paper import plan, preflight, run, toy_metrics
+from benchmark.paper import plan, preflight, render, run, toy_metrics
 from benchmark.paper.exhibits import CLAIMS, FIGURES, METRICS, TABLES, Claim, Curves, Row, Table, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, QUARTERS, Point, Run, Unavailable, load_config, resolve
 from benchmark.paper.preflight import check_full
@@ -257,6 +257,22 @@ def test_a_curve_is_a_mean_over_seeds_with_its_error(tmp_path):
     assert "|  | step 0 | step 20 |" in text and "printed curves' numbers are not at hand" in text
     with pytest.raises(ValueError, match="nothing of this figure"):
         figure_png(Measured(tmp_path, {}), dataclasses.replace(figure, logged=()), SEEDS)
+
+
+def test_a_figure_of_pictures_takes_a_few_of_each_of_some_classes_in_their_order(tmp_path):
+    labels = np.array([3, 1, 3, 1, 2, 2, 3, 1])
+    images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((4, 4, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=images, arr_1=labels)
+    (tmp_path / "names.txt").write_text("zero\none\ntwo\nthree\n")
+    found = render._pictures(tmp_path / "samples.npz", str(tmp_path / "names.txt"))
+    assert {name: pictures[:, 0, 0, 0].tolist() for name, pictures in found.items()} == {
+        "one": [1, 3, 7],
+        "two": [4, 5],
+        "three": [0, 2, 6],
+    }
+    assert render._spread(range(1000)) == range(0, 996, 166)
+    with pytest.raises(FileNotFoundError, match="run the figure without --dry-run first"):
+        render._pictures(tmp_path / "nowhere", None)
 
 
 # ---------------------------------------------------------------------------------------------------- reuse

@@ -136,7 +136,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "t2i_XL_256": Experiment(
         "t2i",
         "t2i_XL_256",
-        toy_note="one reward, the judge's label question; its CLIP and HPSv2 learned from pictures of single objects",
+        toy_note="one reward, the judge's label question; its CLIP and HPSv2 learned from pictures of single objects; "
+        "Table 4's judges look at the pictures of GenEval's prompts",
     ),
     # rewards
     "c2i_alignment": Experiment("c2i", "c2i_B_256_rewards_condition", {"reward_funcs": [*ALIGNMENT]}),

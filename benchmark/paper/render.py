@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 
+from benchmark.archives import ImageArchive
 from benchmark.clusters import Estimate, estimate
 from benchmark.curves import GRID_COLOR, new_figure, png_of, scalar_curves
 from benchmark.entropy import LINE_COLORS
+from benchmark.geneval.evaluate import open_picture, pictures_of, prompt_folders
 from benchmark.paper.costs import spent_in_words
 from benchmark.paper.exhibits import CLAIMS, METRICS, Curves, Row, Samples, Table, columns_of, metrics_of
 from benchmark.paper.plan import EXPERIMENTS, QUARTERS, TOY_CHANGES, Point, Unavailable, resolve
@@ -39,10 +41,12 @@ from benchmark.paper.results import (
     over_seeds,
 )
 from benchmark.paper.run import Workspace, step_of
+from dataset.labels import load_class_names
 from llamagen.grids import labelled_grid, save_png
 
 PRINTED = Path(__file__).with_name("printed.yaml")
 NOT_AT_HAND = "not at hand"
+READ_AT_ONCE = 256  # images of an archive
 SHOWN_ROWS, SHOWN_SAMPLES = 6, 8  # conditions and samples of each in a figure of pictures
 
 
@@ -179,7 +183,7 @@ def curves_markdown(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"The printed curves' numbers are {NOT_AT_HAND}.\n"])
 
 
-def samples_png(workspace: Workspace, figure: Samples, seed: int, path: Path) -> Path:
+def samples_png(workspace: Workspace, figure: Samples, seed: int, out: Path) -> Path:
     """Write a figure of pictures: for each of some conditions a row for each policy, the same noise in a column.
 
     Raises:
@@ -189,18 +193,17 @@ def samples_png(workspace: Workspace, figure: Samples, seed: int, path: Path) ->
     by_label = {}
     for label, point in figure.points:
         run = resolve(point.experiment, workspace.scale.name, seed)
-        by_label[label] = _pictures(workspace.samples_path(run, Point(run.name, point.quarter, point.guidance)))
-    conditions = [*next(iter(by_label.values()))]
-    chosen = conditions[:: max(1, len(conditions) // SHOWN_ROWS)][:SHOWN_ROWS]
+        path = workspace.samples_path(run, Point(run.name, point.quarter, point.guidance))
+        by_label[label] = _pictures(path, run.settings.get("class_names"))
     rows, titles = [], []
-    for condition in chosen:
+    for condition in next(iter(by_label.values())):
         for label, pictures in by_label.items():
-            rows.append(pictures[condition][:SHOWN_SAMPLES])
+            rows.append(pictures[condition])
             titles.append(f"{condition}, {label}")
     shown = min(len(row) for row in rows)
     images = torch.from_numpy(np.concatenate([row[:shown] for row in rows])).permute(0, 3, 1, 2).float() / 255
-    save_png(labelled_grid(images, titles, [""] * len(images)), path)
-    return path
+    save_png(labelled_grid(images, titles, [""] * len(images)), out)
+    return out
 
 
 def number_text(found: Estimate, digits: int, num_seeds: int | None = None, sign: str = "") -> str:
@@ -322,20 +325,34 @@ def _draw(data: dict[str, dict[str, list]]) -> bytes:
     return png_of(figure)
 
 
-def _pictures(path: Path) -> dict[str, np.ndarray]:
-    """Condition -> images uint8 [n, H, W, 3], in the order of their noise."""
+def _pictures(path: Path, class_names: str | None) -> dict[str, np.ndarray]:
+    """Some conditions, evenly spread -> images uint8 [n, H, W, 3], in the order of their noise."""
     if not path.exists():
         raise FileNotFoundError(f"no samples {path}: run the figure without --dry-run first")
     if path.is_file():
-        with np.load(path) as content:
-            images, labels = content["arr_0"], content["arr_1"]
-        return {f"class {label}": images[labels == label] for label in np.unique(labels)}
+        return _class_pictures(path, load_class_names(class_names or "imagenet"))
     found = {}
-    for folder in sorted(entry for entry in path.iterdir() if entry.name.isdigit()):
-        caption = yaml.safe_load((folder / "metadata.jsonl").read_text(encoding="utf-8"))["prompt"]
-        pictures = sorted((folder / "samples").glob("*.png"))
-        found.setdefault(caption, np.stack([np.asarray(Image.open(one).convert("RGB")) for one in pictures]))
+    for folder in _spread(prompt_folders(path)):
+        caption = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))["prompt"]
+        found[caption] = np.stack([np.asarray(open_picture(one)) for one in pictures_of(folder)[:SHOWN_SAMPLES]])
     return found
+
+
+def _class_pictures(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The same of an archive of test.sh, which may be larger than the memory."""
+    with np.load(path) as content:
+        labels = content["arr_1"]
+    found: dict[int, list[np.ndarray]] = {int(label): [] for label in _spread([*np.unique(labels)])}
+    rows = iter(labels.tolist())
+    for batch in ImageArchive(path).batches(READ_AT_ONCE):
+        for image, label in zip(batch, rows):
+            if label in found and len(found[label]) < SHOWN_SAMPLES:
+                found[label].append(image.copy())
+    return {names[label]: np.stack(images) for label, images in found.items()}
+
+
+def _spread(conditions: Sequence) -> Sequence:
+    return conditions[:: max(1, len(conditions) // SHOWN_ROWS)][:SHOWN_ROWS]
 
 
 def _row(cells: Sequence[str]) -> str:
