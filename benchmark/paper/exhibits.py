@@ -170,7 +170,7 @@ TABLES: dict[int, Table] = {
             ),
         ),
     ),
-    7: Table("Text-to-image: which rewards", T2I_COLUMNS, _rewards("t2i", "t2i_XL_256")),
+    7: Table("Text-to-image: which rewards", T2I_COLUMNS, _rewards("t2i", "t2i_all")),
     8: Table(
         "Text-to-image: weight of the KL, guidance in training and in sampling",
         T2I_COLUMNS,
@@ -240,7 +240,8 @@ class Claim:
 
 
 _MAIN, _START = Point("c2i_B_256"), Point("c2i_B_256", 0)
-_TEXT, _TEXT_START = Point("t2i_XL_256"), Point("t2i_XL_256", 0)
+_TEXT, _TEXT_START = Point("t2i_all"), Point("t2i_all", 0)
+_LABEL = Point("t2i_XL_256")  # in the toy world trained with the judge's label question alone
 _L, _L_START = Point("c2i_L_384"), Point("c2i_L_384", 0)
 _XL, _XL_START = Point("c2i_XL_384"), Point("c2i_XL_384", 0)
 _SECOND, _SECOND_START = Point("c2i_B_384"), Point("c2i_B_384", 0)
@@ -320,6 +321,11 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("Text-to-image: CLIP rises", "drawbench_clip", 1, _TEXT, _TEXT_START),
         Claim("Text-to-image: HPSv2 rises", "drawbench_hpsv2", 1, _TEXT, _TEXT_START),
         Claim("Text-to-image: entropy falls", "entropy_guided", -1, _TEXT, _TEXT_START),
+        Claim("Text-to-image, the judge alone: GenEval rises", "geneval_overall", 1, _LABEL, _TEXT_START),
+        Claim("Text-to-image, the judge alone: CLIP rises", "drawbench_clip", 1, _LABEL, _TEXT_START),
+        Claim("Text-to-image, the judge alone: HPSv2 rises", "drawbench_hpsv2", 1, _LABEL, _TEXT_START),
+        Claim("Text-to-image, the judge alone: entropy falls", "entropy_guided", -1, _LABEL, _TEXT_START),
+        Claim("Text-to-image: GenEval needs the judge", "geneval_overall", -1, Point("t2i_alignment"), _TEXT),
     ),
     "Questions that it leaves open": (
         Claim(
@@ -338,9 +344,10 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             Point("c2i_two_passes"),
         ),
         Claim("top_entropy_quantile 0.2 keeps recall", "recall", 1, Point("c2i_top_entropy"), _MAIN),
-        Claim("Guided log-probs in text-to-image: higher GenEval", "geneval_overall", 1, Point("t2i_guided"), _TEXT),
+        Claim("Guided log-probs in text-to-image: higher GenEval", "geneval_overall", 1, Point("t2i_guided"), _LABEL),
         Claim("The task reward raises GenEval", "geneval_overall", 1, Point("t2i_task_reward"), _TEXT_START),
         Claim("... and more than the paper's rewards do", "geneval_overall", 1, Point("t2i_task_reward"), _TEXT),
+        Claim("... and more than the judge alone does", "geneval_overall", 1, Point("t2i_task_reward"), _LABEL),
         Claim("... at the cost of CLIP's score", "drawbench_clip", -1, Point("t2i_task_reward"), _TEXT),
     ),
 }

@@ -108,6 +108,18 @@ class Run:
         return self.settings["model_name_or_path"]
 
 
+# What the toy world's captions can be judged by: the class world's CLIP and HPSv2, and the judge's label question.
+TOY_T2I_ALIGNMENT = {
+    "reward_funcs": ["clip", "hpsv2"],
+    "clip_model": "toy/weights/clip",
+    "hpsv2_weights": "toy/weights/hpsv2/open_clip_model.safetensors",
+    "hpsv2_architecture": "toy/weights/hpsv2",
+}
+TOY_T2I_REALISM = {"reward_funcs": ["qwen_label"]}
+_NOTE_ALIGNMENT = "by the class world's CLIP and HPSv2, which learned from pictures of single objects"
+_NOTE_REALISM = "the judge's label question alone: its questions for realism expect one object"
+
+
 def _toy_policy(name: str) -> dict[str, str]:
     return {"model_name_or_path": f"toy/weights/{name}"}
 
@@ -139,6 +151,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         toy_note="one reward, the judge's label question; its CLIP and HPSv2 learned from pictures of single objects; "
         "Table 4's judges look at the pictures of GenEval's prompts",
     ),
+    "t2i_all": Experiment(
+        "t2i",
+        "t2i_XL_256",
+        toy_changes=TOY_T2I_ALIGNMENT | {"reward_funcs": ["clip", "hpsv2", "qwen_label"]},
+        toy_note=f"CLIP, HPSv2 and the judge's label question; {_NOTE_ALIGNMENT}",
+    ),
     # rewards
     "c2i_alignment": Experiment("c2i", "c2i_B_256_rewards_condition", {"reward_funcs": [*ALIGNMENT]}),
     "c2i_realism": Experiment("c2i", "c2i_B_256_rewards_realism", {"reward_funcs": [*REALISM]}),
@@ -152,24 +170,37 @@ EXPERIMENTS: dict[str, Experiment] = {
         "t2i",
         "t2i_XL_256_rewards_condition",
         {"reward_funcs": [*ALIGNMENT]},
-        toy_changes={
-            "reward_funcs": ["clip", "hpsv2"],
-            "clip_model": "toy/weights/clip",
-            "hpsv2_weights": "toy/weights/hpsv2/open_clip_model.safetensors",
-            "hpsv2_architecture": "toy/weights/hpsv2",
-        },
-        toy_note="by the class world's CLIP and HPSv2, which learned from pictures of single objects",
+        toy_changes=TOY_T2I_ALIGNMENT,
+        toy_note=_NOTE_ALIGNMENT,
     ),
     "t2i_realism": Experiment(
         "t2i",
         "t2i_XL_256_rewards_realism",
         {"reward_funcs": [*REALISM]},
-        toy_without="the toy judge's questions for realism expect one object",
+        toy_changes=TOY_T2I_REALISM,
+        toy_note=_NOTE_REALISM,
     ),
     "t2i_quality": Experiment("t2i", "t2i_XL_256_rewards_quality", {"reward_funcs": [*QUALITY]}),
-    "t2i_no_alignment": Experiment("t2i", "t2i_XL_256_rewards_no_condition", {"reward_funcs": [*QUALITY, *REALISM]}),
-    "t2i_no_realism": Experiment("t2i", "t2i_XL_256_rewards_no_realism", {"reward_funcs": [*ALIGNMENT, *QUALITY]}),
-    "t2i_no_quality": Experiment("t2i", "t2i_XL_256_rewards_no_quality", {"reward_funcs": [*ALIGNMENT, *REALISM]}),
+    "t2i_no_alignment": Experiment(
+        "t2i",
+        "t2i_XL_256_rewards_no_condition",
+        {"reward_funcs": [*QUALITY, *REALISM]},
+        toy_changes=TOY_T2I_REALISM,
+        toy_note=_NOTE_REALISM,
+    ),
+    "t2i_no_realism": Experiment(
+        "t2i",
+        "t2i_XL_256_rewards_no_realism",
+        {"reward_funcs": [*ALIGNMENT, *QUALITY]},
+        toy_changes=TOY_T2I_ALIGNMENT,
+        toy_note=_NOTE_ALIGNMENT,
+    ),
+    "t2i_no_quality": Experiment(
+        "t2i",
+        "t2i_XL_256_rewards_no_quality",
+        {"reward_funcs": [*ALIGNMENT, *REALISM]},
+        toy_without="nothing changes in the toy world, which has no maniqa",
+    ),
     # weight of the KL
     "c2i_beta_0": Experiment("c2i", "c2i_B_256_no_kl", {"beta": 0.0}),
     "c2i_beta_0.01": Experiment("c2i", "c2i_B_256_beta_0.01", {"beta": 0.01}),
@@ -257,7 +288,7 @@ def _settings_or_reason(name: str, scale: str) -> Settings | str:
             return (
                 f"the toy world has no {' or '.join(dict.fromkeys(map(base_name, experiment.changes['reward_funcs'])))}"
             )
-        if experiment.changes and settings == toy:
+        if experiment.changes and not experiment.toy_changes and settings == toy:
             return f"nothing changes in the toy world, whose rewards are {', '.join(toy['reward_funcs'])}"
     settings = {key: value for key, value in settings.items() if key not in ("output_dir", "seed", "qwen_url")}
     return settings | {"save_steps": max(1, settings["max_steps"] // QUARTERS), "save_total_limit": None}
