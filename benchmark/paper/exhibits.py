@@ -302,6 +302,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("Late training: the reward still rises", "reward", 1, _LATE, _USUAL),
         Claim("Late training: fewer pictures are right", "truth", -1, _LATE, _USUAL),
         Claim("Late training: FID gets worse", "fid", 1, _LATE, _USUAL),
+        Claim("Late training: sFID gets worse", "sfid", 1, _LATE, _USUAL),
         Claim("Late training: recall falls", "recall", -1, _LATE, _USUAL),
         Claim("Late training: recall is lower than before training", "recall", -1, _LATE, _START),
         Claim("Late training: entropy is lower than before training", "entropy_guided", -1, _LATE, _START),
