@@ -11,10 +11,10 @@ from benchmark.paper.run import Job, Workspace
 
 # Toy: wall seconds with two commands at a time on two cores, measured while docs/findings.md was made: a step with
 # its judges (the server's share included), and each group of numbers with the start of its commands.
-TOY_SECONDS_PER_STEP = {"gpt_nano": 3.2, "gpt_nano_t2i": 3.8, "gpt_mini": 4.5, "gpt_small": 6.0, "gpt_nano_48": 6.5}
+TOY_SECONDS_PER_STEP = {"gpt_nano": 2.8, "gpt_nano_t2i": 3.2, "gpt_mini": 4.5, "gpt_small": 6.0, "gpt_nano_48": 6.5}
 TOY_SECONDS_OTHERWISE = 6.0
-TOY_SECONDS_START = 20.0
-TOY_SECONDS = {"samples": 40.0, "fid": 12.0, "toy": 28.0, "entropy": 26.0, "geneval": 12.0, "drawbench": 20.0}
+TOY_SECONDS_START = 15.0
+TOY_SECONDS = {"samples": 38.0, "fid": 12.0, "toy": 26.0, "entropy": 15.0, "geneval": 8.0, "drawbench": 14.0}
 TOY_MEGABYTES = {"run": 25.0, "point": 6.0}
 
 # Full: GPU hours. VA-pi (Liao et al., CVPR 2026), Table 2, gives 149 minutes for AR-GRPO on LlamaGen-XL at 384 px, and

@@ -240,8 +240,14 @@ def _our_cells(
             notes.append(f"{row.label}: {reason}")
             return ["-" for _ in columns]
         empty = "" if name not in measured else "not yet"
+        if empty and METRICS[name].group == "log" and _is_trained(workspace, row.point, seeds):
+            empty = "not logged"  # TRL computes no KL where it has no weight
         cells.append(number_text(estimate(values.values()), METRICS[name].digits, len(seeds)) or empty)
     return cells
+
+
+def _is_trained(workspace: Workspace, point: Point, seeds: Sequence[int]) -> bool:
+    return all(workspace.is_trained(resolve(point.experiment, workspace.scale.name, seed)) for seed in seeds)
 
 
 def _in_short(findings: Sequence[Finding]) -> str:
