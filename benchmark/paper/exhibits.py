@@ -242,6 +242,7 @@ class Claim:
 _MAIN, _START = Point("c2i_B_256"), Point("c2i_B_256", 0)
 _TEXT, _TEXT_START = Point("t2i_all"), Point("t2i_all", 0)
 _LABEL = Point("t2i_XL_256")  # in the toy world trained with the judge's label question alone
+_NO_KL = Point("t2i_beta_0")
 _L, _L_START = Point("c2i_L_384"), Point("c2i_L_384", 0)
 _XL, _XL_START = Point("c2i_XL_384"), Point("c2i_XL_384", 0)
 _SECOND, _SECOND_START = Point("c2i_B_384"), Point("c2i_B_384", 0)
@@ -326,6 +327,8 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("Text-to-image, the judge alone: CLIP rises", "drawbench_clip", 1, _LABEL, _TEXT_START),
         Claim("Text-to-image, the judge alone: HPSv2 rises", "drawbench_hpsv2", 1, _LABEL, _TEXT_START),
         Claim("Text-to-image, the judge alone: entropy falls", "entropy_guided", -1, _LABEL, _TEXT_START),
+        Claim("Text-to-image, the judge alone: without KL entropy falls", "entropy_guided", -1, _NO_KL, _TEXT_START),
+        Claim("Text-to-image, the judge alone: without KL it falls further", "entropy_guided", -1, _NO_KL, _LABEL),
         Claim("Text-to-image: GenEval needs the judge", "geneval_overall", -1, Point("t2i_alignment"), _TEXT),
     ),
     "Questions that it leaves open": (
