@@ -25,14 +25,13 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from img_gen_grpo_rewards import RewardArguments, build_rewards
 from img_gen_grpo_trainer import ROLLOUT_BUFFER, ImgGenGRPOConfig, ImgGenGRPOTrainer, texts_and_metadata
 from llamagen import LlamaGenConfig, LlamaGenForCausalLM, LlamaGenProcessor
-from llamagen.checkpoints import is_saved, where_to_get, write_atomically
+from llamagen.checkpoints import TRAINER_STATE, is_saved, step_of_checkpoint, where_to_get, write_atomically
 from llamagen.vq import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 FINAL = "final"  # folder of the run that holds the policy after its last step
 SETTINGS = "settings.json"
-STATE = "trainer_state.json"  # transformers writes it last into a checkpoint
 CONVERTED_POLICY = "initial_policy"  # folder in the run that holds a `.pt` policy in Hugging Face form
 LORA_MODULES = ["wqkv", "wo", "w1", "w2", "w3"]  # what LoRA adapts unless told otherwise
 # What says which prompts and rollouts belong to a step: a checkpoint in the middle of them goes on with the same.
@@ -264,14 +263,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def step_of_checkpoint(folder: str | Path) -> int | None:
-    """Steps behind a checkpoint; None if it is not whole: its state is what is written last."""
-    try:
-        return json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def _number_of_checkpoint(folder: Path) -> int:
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
@@ -324,7 +315,9 @@ def _check_output(config: ImgGenGRPOConfig) -> None:
             raise ValueError(f"no whole checkpoint to resume from in {folder}: remove it and start anew")
     step = step_of_checkpoint(checkpoint)
     if step is None:
-        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no whole checkpoint: it has no {STATE} to be read")
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} is no whole checkpoint: it has no {TRAINER_STATE} to be read"
+        )
     config.resume_from_checkpoint = str(checkpoint)
     if step >= config.max_steps:
         raise ValueError(f"{checkpoint} is at step {step} already: raise --max_steps {config.max_steps} to go on")

@@ -376,6 +376,11 @@ def test_each_process_has_the_gpu_of_its_rank_unless_one_is_named(monkeypatch):
             pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps: this machine, or this torch, has no Metal: take cpu"):
+        pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("mps:0") == torch.device("mps")
 
 
 def test_judges_are_loaded_whole_while_the_policy_is_sharded():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -461,6 +462,35 @@ def test_fsdps_mixed_precision_leaves_log_probs_and_rollouts_exact(tmp_path):
     replayed = scored.log_probs[:, -16:]
     assert replayed.dtype == torch.float32
     assert (replayed - sampled.logps).abs().mean() < 0.01  # a cache whose writes are lost is off by 0.3
+
+
+def test_fsdps_settings_are_changed_where_the_accelerator_is_made(monkeypatch, caplog):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    def made(version):
+        trainer = object.__new__(ImgGenGRPOTrainer)
+        policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+        plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=policy, cpu_ram_efficient_loading=True)
+        accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        monkeypatch.setattr(
+            GRPOTrainer, "create_accelerator_and_postprocess", lambda self: setattr(self, "accelerator", accelerator)
+        )
+        trainer.create_accelerator_and_postprocess()
+        return plugin
+
+    assert made(1).mixed_precision_policy.output_dtype == torch.bfloat16
+    with caplog.at_level("INFO"):
+        second = made(2)
+    assert second.mixed_precision_policy == ours.exact_outputs(second.mixed_precision_policy)
+    assert not second.cpu_ram_efficient_loading
+    assert "cpu_ram_efficient_loading is off, every process loads the policy's file" in caplog.text
+
+
+def test_a_cache_that_something_cast_is_an_error_and_not_a_rollout_of_garbage(tmp_path):
+    attention = make_policy(tmp_path / "policy").model.layers[0].attention
+    keys, values = (torch.zeros(1, 4, 3, 8, dtype=torch.bfloat16) for _ in range(2))
+    with pytest.raises(RuntimeError, match=r"the cache is torch\.bfloat16, keys are torch\.float32"):
+        attention.decode(torch.zeros(1, 1, 32), torch.zeros(1, 4, 2), keys, values, 1, None)
 
 
 @pytest.mark.parametrize("exact_head", [False, True])

@@ -144,12 +144,13 @@ def _plan(workspace: Workspace, jobs: list[Job], without: dict[str, str], parall
         total += cost
         if not job.trained:
             what = f"{job.run.policy}, seed {job.run.seed}: not trained"
+        elif problem := workspace.other_settings(job.run):
+            what = f"FAILS: {problem}"
         elif workspace.is_trained(job.run):
             what = f"{workspace.folder(job.run)}: trained"
         else:
             done = workspace.steps_done(job.run)
             what = f"{workspace.folder(job.run)}: {job.run.steps} steps" + (f", go on from {done}" if done else "")
-            what = f"FAILS: {problem}" if (problem := workspace.other_settings(job.run)) else what
         wanted = [(point, group) for point, groups in job.needs.items() for group in sorted(groups)]
         missing = [one for one in wanted if workspace.known(job.run, *one) is None]
         lines.append(f"{what}; {len(wanted) - len(missing)} of {len(wanted)} measurements are there")

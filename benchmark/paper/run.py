@@ -33,12 +33,12 @@ from benchmark.files import write_bytes, write_json
 from benchmark.models import FINAL, fingerprint
 from benchmark.paper.plan import QUARTERS, TOY_CONFIGS, Point, Run, load_config
 from benchmark.sampling import check_same_settings
+from llamagen.checkpoints import TRAINER_STATE, step_of_checkpoint
 
 logger = logging.getLogger(__name__)
 
 LOG_ENTRIES = 10  # that a number of the training log is the mean of
 LOGGED = {"kl": "kl", "train_reward": "reward"}  # metric -> scalar of the training log
-STATE = "trainer_state.json"
 RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")  # useless once a run is finished
 GENEVAL_PROMPTS = {"toy": "toy/geneval_metadata.jsonl", "full": "data/geneval/evaluation_metadata.jsonl"}
 # Judges of toy captions' samples; the question for realism expects one object, and CLIP and HPSv2 learned from such.
@@ -220,7 +220,7 @@ class Workspace:
         """Log entries of a run, as far as it got."""
         states = self._states(run)
         longest = max(states, key=states.get, default=None)
-        return json.loads((longest / STATE).read_text())["log_history"] if longest else []
+        return json.loads((longest / TRAINER_STATE).read_text())["log_history"] if longest else []
 
     def seconds_trained(self, run: Run) -> float:
         """Wall time of a run's training, as far as it got; all of its starts together."""
@@ -414,11 +414,10 @@ class Workspace:
 
     def _states(self, run: Run) -> dict[Path, int]:
         """The run's folder and its whole checkpoints -> the step that they are at."""
-        found = {}
-        for folder in (self.folder(run), *self.folder(run).glob("checkpoint-*")):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or cut off while it was written
-                found[folder] = json.loads((folder / STATE).read_text())["global_step"]
-        return found
+        steps = {
+            folder: step_of_checkpoint(folder) for folder in (self.folder(run), *self.folder(run).glob("checkpoint-*"))
+        }
+        return {folder: step for folder, step in steps.items() if step is not None}
 
 
 def step_of(run: Run, point: Point) -> int:
@@ -554,14 +553,15 @@ GROUPS = {  # group -> function that measures it, cheap and revealing ones first
     "entropy": _measure_entropy,
 }
 
-_fingerprints: dict[tuple, str] = {}
-
 
 def _weights_of(settings: Mapping) -> dict[str, str]:
     """Fingerprints of the files that a configuration names beside its policy; those of the hub have none."""
     named = {name: settings.get(name) for name in ("vq_path", "text_encoder", "clip_model", "hpsv2_weights")}
     paths = {name: Path(path) for name, path in named.items() if path and Path(path).exists()}
     return {f"{name}_sha256": _fingerprint(path) for name, path in paths.items()}
+
+
+_fingerprints: dict[tuple, str] = {}
 
 
 def _fingerprint(path: Path) -> str:

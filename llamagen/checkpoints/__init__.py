@@ -55,6 +55,7 @@ POLICY_PREFIX = "gpt_model."
 TOKENIZER_PREFIX = "vq_model."
 REFERENCE_PREFIX = "ref_model."
 
+TRAINER_STATE = "trainer_state.json"  # transformers writes it last into a checkpoint
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 
@@ -114,6 +115,14 @@ def is_saved(path: str | Path) -> bool:
     """Whether a path is a folder of `LlamaGenForCausalLM.save_pretrained`: its config.json says so."""
     config = Path(path) / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("model_type") == "llamagen"
+
+
+def step_of_checkpoint(folder: str | Path) -> int | None:
+    """Optimizer steps behind a training checkpoint; None if it is not whole: its state is what is written last."""
+    try:
+        return json.loads((Path(folder) / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def load_saved_policy(policy: nn.Module, folder: str | Path) -> None:
